@@ -1,0 +1,72 @@
+"""A geometry-aware router for Mixture-of-Experts models in PyTorch.
+
+import moegeo_router as mg
+
+mg.geometrize(model)                         # every router's weight becomes a manifold parameter, in place
+gate = mg.GeometricRouter(d_model, experts)  # or build with one, wherever nn.Linear(d_model, experts) stood
+mg.fsi(p), mg.dispersion(p)                  # how concentrated, how specialized a routing is
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import geometry
+from .geometry import fisher_rao_distance
+from .metrics import (
+    dispersion,
+    flip_rate,
+    fsi,
+    fsi_domain,
+    fsi_load,
+    fsi_max,
+    fsi_token,
+    fsi_velocity,
+    routing_information,
+)
+from .routers import (
+    Gating,
+    GeometricRouter,
+    RouterSite,
+    export,
+    find_routers,
+    geometrize,
+    routing_probabilities,
+    topk_gating,
+)
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .geometry.fisher_rao import FisherRaoSimplex
+    from .geometry.rows import PolarRows
+
+__all__ = [
+    "FisherRaoSimplex",
+    "Gating",
+    "GeometricRouter",
+    "PolarRows",
+    "RouterSite",
+    "__version__",
+    "dispersion",
+    "export",
+    "find_routers",
+    "fisher_rao_distance",
+    "flip_rate",
+    "fsi",
+    "fsi_domain",
+    "fsi_load",
+    "fsi_max",
+    "fsi_token",
+    "fsi_velocity",
+    "geometrize",
+    "routing_information",
+    "routing_probabilities",
+    "topk_gating",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The manifolds need geoopt, whose import takes seconds: only those who ask for them pay.
+    if name in ("FisherRaoSimplex", "PolarRows"):
+        return getattr(geometry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,43 @@
+"""Metrics: pure functions from routing probabilities and sums of them to named scalars."""
+
+from .specialization import (
+    dispersion,
+    dispersion_from_means,
+    domain_sums,
+    entropy,
+    expert_counts,
+    flip_rate,
+    fsi,
+    fsi_domain,
+    fsi_domain_from_sums,
+    fsi_domain_max,
+    fsi_domain_null,
+    fsi_load,
+    fsi_max,
+    fsi_token,
+    fsi_velocity,
+    information_from_means,
+    probe_velocity,
+    routing_information,
+)
+
+__all__ = [
+    "dispersion",
+    "dispersion_from_means",
+    "domain_sums",
+    "entropy",
+    "expert_counts",
+    "flip_rate",
+    "fsi",
+    "fsi_domain",
+    "fsi_domain_from_sums",
+    "fsi_domain_max",
+    "fsi_domain_null",
+    "fsi_load",
+    "fsi_max",
+    "fsi_token",
+    "fsi_velocity",
+    "information_from_means",
+    "probe_velocity",
+    "routing_information",
+]

@@ -1,0 +1,19 @@
+"""Routers: the drop-in module, conversion of a model in place, gating, and finding routers in a model."""
+
+from .convert import export, geometrize
+from .find import RouterSite, find_routers
+from .gating import Gating, routing_probabilities, topk_gating
+from .router import GeometricRouter
+from .tag import manifold_of
+
+__all__ = [
+    "Gating",
+    "GeometricRouter",
+    "RouterSite",
+    "export",
+    "find_routers",
+    "geometrize",
+    "manifold_of",
+    "routing_probabilities",
+    "topk_gating",
+]

@@ -1,0 +1,137 @@
+"""``geometrize`` and ``export``: a model's routers onto manifolds and back, in place."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .find import RouterSite, Select, find_routers
+from .router import GeometricRouter
+from .tag import changes_function, put_on_manifold, take_off_manifold
+
+if TYPE_CHECKING:
+    from ..geometry.rows import ManifoldName
+
+
+def geometrize(
+    model: nn.Module,
+    manifold: ManifoldName = "polar",
+    *,
+    select: Select = None,
+    allow_change: bool = False,
+) -> list[RouterSite]:
+    """Turn every router's weight of ``model`` into a manifold parameter, in place.
+
+    With ``"polar"`` and ``"euclidean"`` nothing else changes: the same tensor, the same function bit for bit, the same
+    state-dict keys, module classes, ties and optimizer references. Rows that are zero keep the function too; they get
+    a small random direction, drawn from the router's name, at their first polar step (a warning says so).
+    ``"orthonormal"`` changes the values, ``"sphere"`` (the cosine router; ``nn.Linear`` routers only) also the forward:
+    both need ``allow_change=True``.
+
+    Args:
+        model: any module with routers.
+        manifold: ``"polar"``, ``"euclidean"``, ``"orthonormal"`` or ``"sphere"``.
+        select: which routers, see ``find_routers``; by default those its rules find.
+        allow_change: accept a conversion that changes the function.
+
+    Returns:
+        The routers, in the order of the model's modules.
+
+    Raises:
+        ValueError: no router found, or the manifold cannot hold one of them; then no router has been changed.
+    """
+    sites = find_routers(model, select)
+    _check_convertible(sites, manifold, allow_change)
+    for site in sites:
+        if manifold == "sphere" and type(site.module) is nn.Linear:
+            _make_cosine(site.module)
+            continue
+        put_on_manifold(site.weight, manifold, seed=zlib.crc32(site.name.encode()), allow_change=allow_change)
+        if manifold == "polar":
+            _warn_of_zero_rows(site)
+    return sites
+
+
+def export(model: nn.Module, *, allow_change: bool = False) -> nn.Module:
+    """Take every router of ``model`` off its manifold, in place: plain parameters, stock ``nn.Linear`` classes.
+
+    Undoes ``geometrize`` and replaces ``GeometricRouter`` modules by what they compute. Manifold parameters that this
+    library did not make are left alone. A model without routers of ours is returned as it is.
+
+    Args:
+        model: any module.
+        allow_change: also export cosine routers, whose input normalisation ``nn.Linear`` does not have; the function is
+            then the same only for inputs of norm √D.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a cosine router without ``allow_change``; then nothing has been changed.
+    """
+    routers = [(name, m) for name, m in model.named_modules() if isinstance(m, GeometricRouter)]
+    cosine = [name for name, m in routers if m.manifold == "sphere"]
+    if cosine and not allow_change:
+        raise ValueError(
+            f"routers {', '.join(cosine)} normalise their input, nn.Linear does not: pass allow_change=True"
+        )
+    for _, router in routers:
+        _make_linear(router)
+    for parameter in model.parameters():
+        take_off_manifold(parameter)
+    return model
+
+
+def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: bool) -> None:
+    """Raise before anything is changed."""
+    from ..geometry.rows import router_manifold
+
+    target = router_manifold(manifold)
+    for site in sites:
+        ok, reason = target.check_point(site.weight, explain=True)
+        if not ok:
+            raise ValueError(f"router {site.name}: {reason}")
+        current = getattr(site.weight, "manifold", None)
+        if current is not None and type(current) is not type(target):
+            raise ValueError(f"router {site.name} is on {current.name} already: export(model) first")
+        already = current is not None
+        if changes_function(manifold) and not already and not allow_change:
+            raise ValueError(f"{manifold} rows change the function of router {site.name}: pass allow_change=True")
+        if manifold == "sphere" and not already and type(site.module) is not nn.Linear:
+            raise ValueError(
+                f"router {site.name} is a {type(site.module).__name__}: "
+                "only nn.Linear routers can become cosine routers"
+            )
+
+
+def _warn_of_zero_rows(site: RouterSite) -> None:
+    zero_rows = int((site.weight.detach() == 0).all(dim=-1).sum())
+    if zero_rows:
+        warnings.warn(
+            f"router {site.name}: {zero_rows} of {site.num_experts} rows are zero; a zero row has no direction, "
+            "so each gets a small random one at its first step",
+            stacklevel=3,
+        )
+
+
+def _make_cosine(linear: nn.Module) -> None:
+    """Turn an ``nn.Linear`` in place into a cosine ``GeometricRouter``; its own weight tensor stays."""
+    assert isinstance(linear, nn.Linear)
+    cosine = GeometricRouter.from_linear(linear, manifold="sphere", allow_change=True)
+    linear.__class__ = GeometricRouter
+    object.__setattr__(linear, "manifold", "sphere")
+    linear.temperature_logit = cosine.temperature_logit
+    put_on_manifold(linear.weight, "sphere", allow_change=True)
+
+
+def _make_linear(router: GeometricRouter) -> None:
+    """Turn a ``GeometricRouter`` in place into the ``nn.Linear`` it equals; its own weight tensor stays."""
+    if router.manifold == "sphere":
+        router.weight.data.copy_(router.to_linear(allow_change=True).weight)
+        del router.temperature_logit
+    take_off_manifold(router.weight)
+    del router.__dict__["manifold"]
+    router.__class__ = nn.Linear  # type: ignore[assignment]

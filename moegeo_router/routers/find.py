@@ -1,0 +1,178 @@
+"""Finding the routers of a model, whatever code base it comes from.
+
+A router is a module with a weight (E, D) whose forward yields logits: an ``nn.Linear``, a module that holds the weight
+itself, or one that holds an ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+#: What selects routers: a pattern of qualified names, a module type, a module, a predicate, or several of these.
+Selector = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+Select = Selector | Sequence[Selector] | None
+
+# Habits of the field: how code bases call the router, and where it keeps its projection if that is a module of its own.
+_CLASS_ENDINGS = ("MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")
+_LINEAR_NAMES = ("gate", "router", "wg")
+_PROJECTION_NAMES = ("classifier", "layer", "wg", "gate", "proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSite:
+    """One router in a model.
+
+    Attributes:
+        name: qualified name of the router module.
+        module: the router module.
+        projection: the module that holds the weight: the router itself, or its ``nn.Linear``.
+    """
+
+    name: str
+    module: nn.Module
+    projection: nn.Module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The (E, D) weight."""
+        return self.projection.weight  # type: ignore[return-value]
+
+    @property
+    def num_experts(self) -> int:
+        """E, the rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """D, the columns of the weight."""
+        return self.weight.shape[1]
+
+
+def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
+    """Return the routers of ``model`` in the order of its modules.
+
+    Without ``select`` a module counts as a router if its class is called ``*Router*`` (or ``*MoEGate``, ``*TopKGate``,
+    …) and holds a 2-D weight, or if it is an ``nn.Linear`` called ``router`` or ``wg``, or one called ``gate`` beside
+    as many experts as it has outputs (a gate without experts beside it may be a gated MLP's).
+
+    Args:
+        model: any module.
+        select: instead of the rules above: a pattern of qualified names (``"layers.*.mlp.gate"``), a module type, a
+            module, a predicate ``(name, module) -> bool``, or a sequence of these.
+
+    Raises:
+        ValueError: no router found, a selector that selects nothing, or a selected module without an (E, D) weight.
+        TypeError: a selector of another type.
+    """
+    chosen: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside_chosen = any(name.startswith(f"{outer}." if outer else "") for outer, _ in chosen)
+        if not inside_chosen and (
+            _looks_like_router(model, name, module) if select is None else _selected(select, name, module)
+        ):
+            chosen.append((name, module))
+    if not chosen:
+        raise ValueError(_nothing_found(model, select))
+    _check_every_selector(select, chosen)
+    return [_site(name, module) for name, module in chosen]
+
+
+def _selectors(select: Select) -> Iterator[Selector]:
+    if isinstance(select, Sequence) and not isinstance(select, str):
+        yield from select
+    elif select is not None:
+        yield select
+
+
+def _selected(select: Select, name: str, module: nn.Module) -> bool:
+    return any(_matches(selector, name, module) for selector in _selectors(select))
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if isinstance(selector, nn.Module):
+        return module is selector
+    if callable(selector):
+        return bool(selector(name, module))
+    raise TypeError(f"select takes name patterns, module types, modules or predicates, got {selector!r}")
+
+
+def _check_every_selector(select: Select, chosen: list[tuple[str, nn.Module]]) -> None:
+    for selector in _selectors(select):
+        if not any(_matches(selector, name, module) for name, module in chosen):
+            raise ValueError(f"select={selector!r} selects no router of this model")
+
+
+def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    class_name = type(module).__name__
+    if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
+        return _projection(module) is not None
+    parent_name, _, leaf = name.rpartition(".")
+    if not isinstance(module, nn.Linear) or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
+        return False
+    beside = module.out_features in _expert_counts(model.get_submodule(parent_name))
+    return beside or (leaf != "gate" and module.out_features > 1)
+
+
+def _expert_counts(parent: nn.Module) -> set[int]:
+    """Return how many experts the children of a block suggest: lengths of lists, leading dimensions of stacks."""
+    counts: set[int] = set()
+    for name, child in parent.named_children():
+        if "expert" not in name.lower():
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            counts.add(len(child))
+        counts.update(p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3)
+        counts.update(len(inner) for inner in child.children() if isinstance(inner, nn.ModuleList))
+    counts.update(p.shape[0] for p in parent.parameters(recurse=False) if p.ndim == 3)
+    return counts
+
+
+def _projection(module: nn.Module) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+        return module
+    for name in _PROJECTION_NAMES:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Linear):
+            return child
+    return None
+
+
+def _site(name: str, module: nn.Module) -> RouterSite:
+    projection = _projection(module)
+    if projection is None:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has no (E, D) weight and no linear layer that could be a router's"
+        )
+    weight: object = projection.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")
+    if weight.device == torch.device("meta"):
+        raise ValueError(f"the weight of router {name} is on the meta device: materialise the model first")
+    return RouterSite(name=name, module=module, projection=projection)
+
+
+def _nothing_found(model: nn.Module, select: Select) -> str:
+    linears = [
+        f"{name} ({m.in_features} -> {m.out_features})" for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    ]
+    seen = ", ".join(linears[:8]) + (f" and {len(linears) - 8} more" if len(linears) > 8 else "")
+    looked_for = (
+        f"select={select!r}"
+        if select is not None
+        else "classes called *Router*, *MoEGate, *TopKGate; nn.Linear called router or wg, "
+        "or called gate beside as many experts"
+    )
+    return (
+        f"no router found in {type(model).__name__}; looked for {looked_for}. Its linear layers: {seen or 'none'}. "
+        'Name the routers with select="layers.*.my_gate"'
+    )

@@ -1,0 +1,151 @@
+"""Gating: from router logits to the chosen experts and their weights.
+
+Shape legend: T tokens (any leading dimensions), E experts, K chosen experts, G groups of experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+
+class Gating(NamedTuple):
+    """What a gate decided: ``weights`` (T, K), ``ids`` (T, K) int64, ``probs`` (T, E): native scores over their sum."""
+
+    weights: Tensor
+    ids: Tensor
+    probs: Tensor
+
+
+def routing_probabilities(logits_TE: Tensor, scores: ScoreFunction = "softmax") -> Tensor:
+    """Return p, the router's native scores over all experts normalised to sum 1, in fp32 or better.
+
+    ``softmax(z)`` for softmax routers, ``σ(z) / Σ σ(z)`` for sigmoid ones, before any selection bias and top-k.
+
+    Args:
+        logits_TE: (..., E) logits of any float dtype.
+        scores: the router's score function.
+
+    Returns:
+        (..., E) probabilities.
+
+    Raises:
+        ValueError: unknown score function, or no experts.
+    """
+    return _log_scores(logits_TE, scores).softmax(dim=-1)
+
+
+def topk_gating(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    scores: ScoreFunction = "softmax",
+    renormalize: bool = True,
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+    group_top: int = 2,
+    selection_bias: Tensor | None = None,
+) -> Gating:
+    """Choose k experts a token and weigh them.
+
+    The weights are the chosen experts' native scores, divided by their sum if ``renormalize``. Everything is computed
+    on log scores, so neither an underflow nor an ε enters a weight.
+
+    Args:
+        logits_TE: (..., E) router logits.
+        k: experts chosen per token, 1 ≤ k ≤ E.
+        scores: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: whether a token's k weights sum to 1. With k = 1 they are then constant and the router gets no
+            gradient through them: a warning says so.
+        num_groups: the experts form this many equal groups, of which only ``top_groups`` are eligible for a token.
+        top_groups: number of eligible groups; required with ``num_groups``.
+        group_top: a group is ranked by the sum of its ``group_top`` best selection scores (2: DeepSeek-V3, 1: V2).
+        selection_bias: (E,) added to the scores for choosing only; the weights do not see it (loss-free balancing).
+
+    Returns:
+        ``Gating`` with weights and probabilities in fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: k, the groups or the bias do not fit the number of experts.
+    """
+    num_experts = _num_experts(logits_TE)
+    _check_selection(num_experts, k, num_groups, top_groups, group_top, selection_bias)
+    if k == 1 and renormalize and num_experts > 1 and not torch.compiler.is_compiling():
+        warnings.warn(
+            "top-1 gating with renormalize=True: every weight is exactly 1, so the router gets no gradient "
+            "from the loss; pass renormalize=False",
+            stacklevel=2,
+        )
+    log_scores_TE = _log_scores(logits_TE, scores)
+    ranking_TE = log_scores_TE
+    if selection_bias is not None or num_groups is not None:
+        ranking_TE = log_scores_TE.exp()
+    if selection_bias is not None:
+        ranking_TE = ranking_TE + selection_bias.to(ranking_TE)
+    if num_groups is not None and top_groups is not None:
+        ranking_TE = _keep_top_groups(ranking_TE, num_groups, top_groups, group_top)
+    ids_TK = ranking_TE.detach().topk(k, dim=-1).indices
+    chosen_TK = log_scores_TE.gather(-1, ids_TK)
+    weights_TK = chosen_TK.softmax(dim=-1) if renormalize else chosen_TK.exp()
+    return Gating(weights_TK, ids_TK, log_scores_TE.softmax(dim=-1))
+
+
+def _log_scores(logits_TE: Tensor, scores: ScoreFunction) -> Tensor:
+    _num_experts(logits_TE)
+    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    if scores == "softmax":
+        return wide.log_softmax(dim=-1)
+    if scores == "sigmoid":
+        return F.logsigmoid(wide)
+    raise ValueError(f"scores must be 'softmax' or 'sigmoid', got {scores!r}")
+
+
+def _num_experts(logits_TE: Tensor) -> int:
+    if logits_TE.ndim == 0 or logits_TE.shape[-1] == 0:
+        raise ValueError(f"logits must be (..., E) with E >= 1 experts, got shape {tuple(logits_TE.shape)}")
+    if not logits_TE.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits_TE.dtype}")
+    return logits_TE.shape[-1]
+
+
+def _check_selection(
+    num_experts: int,
+    k: int,
+    num_groups: int | None,
+    top_groups: int | None,
+    group_top: int,
+    selection_bias: Tensor | None,
+) -> None:
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
+    if selection_bias is not None and selection_bias.shape != (num_experts,):
+        raise ValueError(f"selection_bias must be ({num_experts},), got {tuple(selection_bias.shape)}")
+    if (num_groups is None) != (top_groups is None):
+        raise ValueError(f"num_groups and top_groups go together, got {num_groups} and {top_groups}")
+    if num_groups is None or top_groups is None:
+        return
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups must divide the number of experts {num_experts}, got {num_groups}")
+    if not 1 <= top_groups <= num_groups:
+        raise ValueError(f"top_groups must be between 1 and num_groups {num_groups}, got {top_groups}")
+    if k > top_groups * (num_experts // num_groups):
+        raise ValueError(f"k must be at most the eligible experts {top_groups * num_experts // num_groups}, got {k}")
+    if not 1 <= group_top <= num_experts // num_groups:
+        raise ValueError(f"group_top must be between 1 and the group size {num_experts // num_groups}, got {group_top}")
+
+
+def _keep_top_groups(ranking_TE: Tensor, num_groups: int, top_groups: int, group_top: int) -> Tensor:
+    """Put the experts outside each token's best groups at -inf."""
+    grouped_TGS = rearrange(ranking_TE, "... (g s) -> ... g s", g=num_groups)
+    group_score_TG = grouped_TGS.topk(group_top, dim=-1).values.sum(dim=-1)
+    best_TN = group_score_TG.topk(top_groups, dim=-1).indices
+    eligible_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(-1, best_TN, True)
+    eligible_TE = repeat(eligible_TG, "... g -> ... (g s)", s=grouped_TGS.shape[-1])
+    return ranking_TE.masked_fill(~eligible_TE, -torch.inf)

@@ -1,0 +1,204 @@
+"""``GeometricRouter``: called like ``nn.Linear``, its weight a manifold parameter.
+
+Shape legend: D width, E experts; any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tag import changes_function, put_on_manifold
+
+if TYPE_CHECKING:
+    from ..geometry.rows import ManifoldName
+
+#: Bounds of the cosine router's temperature: logits within ±1/τ.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0
+
+
+class GeometricRouter(nn.Linear):
+    """A router (..., D) -> (..., E) in the dtype of its input, wherever ``nn.Linear(D, E)`` stood.
+
+    The weight (E, D) *is* a ``geoopt.ManifoldParameter``; a Riemannian optimizer moves it along its manifold:
+
+    ===============  ==================================  =======================================================
+    ``manifold``     the rows of the weight              logits
+    ===============  ==================================  =======================================================
+    ``polar``        any, with a scale-free metric       ``x Wᵀ + b``
+    ``sphere``       norm 1 (cosine router)              ``cos(x, w_e) / τ + b``, τ learnable in [0.01, 10]
+    ``orthonormal``  mutually orthonormal (E ≤ D)        ``x Wᵀ + b``
+    ``euclidean``    any                                 ``x Wᵀ + b``
+    ===============  ==================================  =======================================================
+
+    Under the same seed, polar and Euclidean routers start from the very weights of ``nn.Linear``. The cosine
+    router's temperature starts where its logits are as large as theirs for inputs of norm √D.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        manifold: one of the table.
+        bias: add a learnable bias (E,), as ``nn.Linear`` does by default.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: unknown manifold, a size below 1, orthonormal rows with E > D, unit rows with D = 1.
+
+    Example:
+        >>> gate = GeometricRouter(256, 8)
+        >>> weights, ids, probs = topk_gating(gate(x), k=2)
+    """
+
+    temperature_logit: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        manifold: ManifoldName = "polar",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("in_features", in_features), ("num_experts", num_experts)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        # Before nn.Linear's own __init__, because that calls reset_parameters.
+        object.__setattr__(self, "manifold", manifold)
+        super().__init__(in_features, num_experts, bias=bias, device=device, dtype=dtype)
+
+    manifold: ManifoldName
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.out_features
+
+    @property
+    def temperature(self) -> Tensor:
+        """τ of the cosine router, shape (1,), between its bounds whatever ``temperature_logit`` is.
+
+        Raises:
+            AttributeError: the manifold is not ``"sphere"``.
+        """
+        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+        return torch.exp(low + (high - low) * torch.sigmoid(self.temperature_logit.float()))
+
+    def reset_parameters(self) -> None:
+        """Initialise like ``nn.Linear``, then put the weight on its manifold."""
+        super().reset_parameters()
+        if self.manifold == "sphere":
+            # 1-D because sharded training refuses 0-D parameters.
+            self.temperature_logit = nn.Parameter(self.weight.new_zeros(1))
+            self._set_temperature(_matching_temperature(self.weight))
+        put_on_manifold(self.weight, self.manifold, allow_change=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (..., E) of inputs (..., D), in the dtype ``nn.Linear`` would return.
+
+        Raises:
+            ValueError: the last dimension is not D.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"the router expects inputs (..., {self.in_features}), got {tuple(x.shape)}")
+        if self.manifold != "sphere":
+            return super().forward(x)
+        # The weight is normalised here too: a Euclidean optimizer or a bf16 rounding may have moved it off the sphere.
+        cosine = F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
+        logits = cosine / self.temperature
+        return (logits if self.bias is None else logits + self.bias.float()).to(x.dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, manifold: ManifoldName = "polar", allow_change: bool = False
+    ) -> GeometricRouter:
+        """Return a new router with a copy of ``linear``'s parameters. (``geometrize`` converts a model in place.)
+
+        Raises:
+            ValueError: the manifold cannot hold the weight without changing the function, and ``allow_change`` is
+                not set.
+            TypeError: not an ``nn.Linear``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
+        if changes_function(manifold) and not allow_change:
+            raise ValueError(f"{manifold} rows change the function of a given weight: pass allow_change=True")
+        router = cls(
+            linear.in_features,
+            linear.out_features,
+            manifold=manifold,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        with torch.no_grad():
+            router.weight.copy_(linear.weight)
+            if linear.bias is not None:
+                router.bias.copy_(linear.bias)
+            if manifold == "sphere":
+                router._set_temperature(_matching_temperature(linear.weight))
+            if changes_function(manifold):
+                router.weight.copy_(router.weight.manifold.projx(router.weight))  # type: ignore[attr-defined]
+        _copy_flags(linear, router)
+        return router
+
+    def to_linear(self, *, allow_change: bool = False) -> nn.Linear:
+        """Return a new ``nn.Linear`` with a copy of the parameters.
+
+        A cosine router normalises its input, which a linear layer cannot: with ``allow_change`` its weight is scaled
+        so that the function is the same for inputs of norm √D.
+
+        Raises:
+            ValueError: a cosine router without ``allow_change``.
+        """
+        linear = nn.Linear(
+            self.in_features,
+            self.num_experts,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.weight if self.manifold != "sphere" else self._folded(allow_change))
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        _copy_flags(self, linear)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Show the sizes and the manifold."""
+        return (
+            f"in_features={self.in_features}, num_experts={self.num_experts}, manifold={self.manifold!r}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _folded(self, allow_change: bool) -> Tensor:
+        if not allow_change:
+            raise ValueError("a cosine router normalises its input, nn.Linear does not: pass allow_change=True")
+        return F.normalize(self.weight.float(), dim=-1) / (self.temperature * math.sqrt(self.in_features))
+
+    @torch.no_grad()
+    def _set_temperature(self, temperature: Tensor) -> None:
+        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+        # Just inside the bounds, where the sigmoid still has a gradient.
+        share = ((temperature.log() - low) / (high - low)).clamp(0.01, 0.99)
+        self.temperature_logit.copy_(torch.logit(share))
+
+
+def _matching_temperature(weight: Tensor) -> Tensor:
+    """Return the τ, shape (1,), that keeps the size of the logits for inputs of norm √D: ``1 / (√D · mean ‖w_e‖)``."""
+    norm = torch.linalg.vector_norm(weight.detach().float(), dim=-1).mean().clamp_min(1e-12)
+    return (1 / (math.sqrt(weight.shape[1]) * norm)).reshape(1)
+
+
+def _copy_flags(source: nn.Linear, target: nn.Linear) -> None:
+    target.train(source.training)
+    target.weight.requires_grad_(source.weight.requires_grad)
+    if source.bias is not None:
+        target.bias.requires_grad_(source.bias.requires_grad)
