@@ -69,11 +69,11 @@ class FisherRaoSimplex(Manifold):
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Project u on the tangent space of x: ``u - x Σ u_i``."""
-        return simplex.project_tangent(x, u)
+        return simplex.project_tangent(x, u).to(u.dtype)
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the Riemannian gradient ``x ⊙ (u - Σ x_i u_i)`` of the Euclidean gradient u."""
-        return simplex.riemannian_gradient(x, u)
+        return simplex.riemannian_gradient(x, u).to(u.dtype)
 
     def projx(self, x: Tensor) -> Tensor:
         """Put x on the simplex: clip at the floor, divide by the sum."""
@@ -117,7 +117,8 @@ class FisherRaoSimplex(Manifold):
 
     @staticmethod
     def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-        floored = x.clamp_min(simplex.FLOOR)
+        # fp16 cannot hold 1e-12: its smallest normal number takes that place.
+        floored = x.clamp_min(max(simplex.FLOOR, torch.finfo(dtype).tiny))
         return (floored / floored.sum(dim=-1, keepdim=True)).to(dtype)
 
 

@@ -103,7 +103,8 @@ class PolarRows(RouterManifold, Manifold):
     def projx(self, x: Tensor) -> Tensor:
         """Return x with zero rows replaced by what they stand for."""
         r, mu = self._polar(x)
-        return torch.where((x == 0).all(dim=-1, keepdim=True), (r * mu).to(x.dtype), x)
+        zero = torch.linalg.vector_norm(widen(x), dim=-1, keepdim=True) == 0
+        return torch.where(zero, (r * mu).to(x.dtype), x)
 
     def random(
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object
@@ -212,7 +213,10 @@ class OrthonormalRows(RouterManifold, EuclideanStiefel):
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Move x by u and orthonormalise (QR)."""
-        return super().retr(widen(x).mT, widen(u).mT).mT.to(x.dtype)
+        # Not geoopt's: that one flips signs in place, which autograd refuses.
+        q, r = torch.linalg.qr((widen(x) + widen(u)).mT)
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q)
+        return (q * signs.unsqueeze(-2)).mT.to(x.dtype)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Move x along the geodesic of u for unit time."""

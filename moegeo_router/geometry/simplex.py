@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: The smallest probability of a *stored* point, and of a divisor. Distances never see it.
@@ -57,10 +58,8 @@ def exp_map(p: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimensions differ or are empty.
     """
-    a, w, h = _on_sphere(p, v)
-    scale = _shortening(a, w, h, angle=h)
-    angle = scale * h
-    return (torch.cos(angle) * a + sinc(angle) * scale * w).square()
+    a, w, _ = _on_sphere(p, v)
+    return _follow(a, w)
 
 
 def retract(p: Tensor, v: Tensor) -> Tensor:
@@ -110,19 +109,21 @@ def log_map(p: Tensor, q: Tensor) -> Tensor:
 def project_tangent(p: Tensor, v: Tensor) -> Tensor:
     """Project any vector on the tangent space, orthogonally in the Fisher-Rao metric: ``v - p Σ v_i``."""
     _check_same_experts(p=p, v=v)
+    p, v = widen(p), widen(v)
     return v - p * v.sum(dim=-1, keepdim=True)
 
 
 def riemannian_gradient(p: Tensor, g: Tensor) -> Tensor:
     """Turn a Euclidean gradient g into the natural gradient of a categorical: ``p ⊙ (g - Σ p_i g_i)``."""
     _check_same_experts(p=p, g=g)
+    p, g = widen(p), widen(g)
     return p * (g - (p * g).sum(dim=-1, keepdim=True))
 
 
 def inner(p: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return the Fisher-Rao inner product ``Σ u_i v_i / p_i``, shape (...)."""
     _check_same_experts(p=p, u=u, v=v)
-    return (u * v / p.clamp_min(FLOOR)).sum(dim=-1)
+    return (widen(u) * widen(v) / widen(p).clamp_min(FLOOR)).sum(dim=-1)
 
 
 def transport(p: Tensor, q: Tensor, v: Tensor) -> Tensor:
@@ -148,6 +149,8 @@ def transport(p: Tensor, q: Tensor, v: Tensor) -> Tensor:
 def geodesic(p: Tensor, q: Tensor, t: float | Tensor) -> Tensor:
     """Return the point a fraction t ∈ [0, 1] of the way from p to q: ``exp_p(t log_p q)``.
 
+    Computed on the sphere, so that p may lie on the boundary, where tangent vectors of the simplex lose the way inside.
+
     Args:
         p: (..., E) distributions.
         q: (..., E) distributions.
@@ -155,18 +158,26 @@ def geodesic(p: Tensor, q: Tensor, t: float | Tensor) -> Tensor:
 
     Returns:
         (..., E) distributions.
+
+    Raises:
+        ValueError: the last dimensions differ or are empty.
     """
+    _check_same_experts(p=p, q=q)
     fraction = t.unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
-    return exp_map(p, fraction * log_map(p, q))
+    a, b = torch.broadcast_tensors(root(p), root(q))
+    return _follow(a, fraction * sphere_log(a, b))
 
 
+@torch.no_grad()
 def frechet_mean(
     points: Tensor, weights: Tensor | None = None, *, tolerance: float | None = None, max_steps: int = 100
 ) -> Tensor:
     """Return the Fréchet mean ``argmin_m Σ_t w_t d(m, p_t)²`` over the second-to-last dimension.
 
-    Starts from the extrinsic mean ``normalize(Σ w_t √p_t)²`` and iterates ``m ← exp_m(Σ w_t log_m p_t)``: inside the
-    positive orthant the mean exists, is unique, and unit steps descend.
+    Starts from the extrinsic mean ``normalize(Σ w_t √p_t)²`` and iterates ``m ← exp_m(s / κ)``: ``s = Σ w_t log_m p_t``,
+    κ the curvature of the objective along s. Inside the positive orthant the mean exists and is unique. Unit steps
+    (κ = 1) descend too, but crawl where tokens are decisive: 100 are not enough at E = 256, where this takes about ten.
+    The result carries no gradient: that of a stopped iteration is not the mean's.
 
     Args:
         points: (..., T, E) distributions.
@@ -180,6 +191,7 @@ def frechet_mean(
     Raises:
         ValueError: no points, or the weights do not fit them.
     """
+    _check_same_experts(points=points)
     if points.ndim < 2 or points.shape[-2] == 0:
         raise ValueError(f"points must be (..., T, E) with T >= 1, got shape {tuple(points.shape)}")
     if weights is None:
@@ -188,15 +200,16 @@ def frechet_mean(
         raise ValueError(f"weights must be {tuple(points.shape[:-1])}, got {tuple(weights.shape)}")
     points = widen(points)
     share = (widen(weights) / weights.sum(dim=-1, keepdim=True)).unsqueeze(-1)
-    extrinsic = (share * root(points)).sum(dim=-2)
-    mean = (extrinsic / torch.linalg.vector_norm(extrinsic, dim=-1, keepdim=True)).square()
+    roots = root(points)
+    mean = F.normalize((share * roots).sum(dim=-2, keepdim=True), dim=-1)
     limit = 100 * torch.finfo(mean.dtype).eps if tolerance is None else tolerance
     for _ in range(max_steps):
-        step = (share * log_map(mean.unsqueeze(-2), points)).sum(dim=-2)
-        mean = exp_map(mean, step)
-        if bool((inner(mean, step, step).sqrt() <= limit).all()):
+        step = _mean_step(mean, roots, share)
+        # On the sphere and without the boundary rule: an iterate may leave the orthant for a moment, the mean does not.
+        mean = F.normalize(sphere_exp(mean, step), dim=-1)
+        if bool((2 * torch.linalg.vector_norm(step, dim=-1) <= limit).all()):
             break
-    return mean
+    return mean.squeeze(-2).square()
 
 
 def random_distributions(
@@ -221,8 +234,9 @@ def random_distributions(
     """
     if not size or size[-1] < 1:
         raise ValueError(f"size must be (..., E) with E >= 1, got {size}")
-    square = torch.randn(*size, dtype=dtype, device=device, generator=generator).square()
-    return square / square.sum(dim=-1, keepdim=True)
+    direction = torch.randn(*size, dtype=dtype, device=device, generator=generator)
+    square = widen(direction).square()
+    return (square / square.sum(dim=-1, keepdim=True)).to(direction.dtype)
 
 
 def uniform(num_experts: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -257,6 +271,12 @@ def sphere_angle(a: Tensor, b: Tensor, keepdim: bool = False) -> Tensor:
     return 2 * torch.atan2(apart, torch.linalg.vector_norm(a + b, dim=-1, keepdim=keepdim))
 
 
+def sphere_exp(a: Tensor, w: Tensor) -> Tensor:
+    """Follow the great circle of the tangent vector w from a for unit time."""
+    h = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return torch.cos(h) * a + sinc(h) * w
+
+
 def sphere_log(a: Tensor, b: Tensor) -> Tensor:
     """Return the tangent vector at a of the great circle to b, of length their angle (not defined for b = -a)."""
     apart = (a - b).square().sum(dim=-1, keepdim=True)
@@ -274,6 +294,24 @@ def _on_sphere(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = root(p)
     w = widen(v) / (2 * a.clamp_min(math.sqrt(FLOOR)))
     return a, w, torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+
+
+def _follow(a: Tensor, w: Tensor) -> Tensor:
+    """Return the distribution at the end of the great circle of w from a, or at .99 of the way to the boundary."""
+    h = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return sphere_exp(a, _shortening(a, w, h, angle=h) * w).square()
+
+
+def _mean_step(mean: Tensor, roots: Tensor, share: Tensor) -> Tensor:
+    """Return the step s / κ of a Fréchet mean on the sphere; all arguments are (..., T or 1, E or 1)."""
+    logs = sphere_log(mean, roots)
+    step = (share * logs).sum(dim=-2, keepdim=True)
+    # Half a squared distance curves by 1 along its own great circle and by θ cot θ across it.
+    theta = sphere_angle(mean, roots, keepdim=True)
+    across = torch.cos(theta) / sinc(theta)
+    lengths = theta.square() * step.square().sum(dim=-1, keepdim=True)
+    along = (logs * step).sum(dim=-1, keepdim=True).square() / lengths.clamp_min(torch.finfo(mean.dtype).tiny)
+    return step / (share * (across + (1 - across) * along)).sum(dim=-2, keepdim=True)
 
 
 @torch.no_grad()

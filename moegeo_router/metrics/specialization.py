@@ -71,14 +71,17 @@ def fsi_load(counts: Tensor, k: int, normalized: bool = False) -> Tensor:
         A scalar.
 
     Raises:
-        ValueError: no counts, no experts, or k not in 1..E.
+        ValueError: no counts (all zero included, checked on the CPU), no experts, or k not in 1..E.
     """
     _check_tokens("counts", counts)
     load_E = widen(reduce(counts, "... e -> e", "sum"))
     num_experts = load_E.shape[-1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
-    distance = fisher_rao_distance(load_E / load_E.sum(), uniform(num_experts, device=load_E.device).to(load_E))
+    total = load_E.sum()
+    if _readable(counts) and not bool(total > 0):
+        raise ValueError(f"counts must have a positive sum, got {total.item():g}")
+    distance = fisher_rao_distance(load_E / total, uniform(num_experts, device=load_E.device).to(load_E))
     return _over(distance, 2 * math.acos(math.sqrt(k / num_experts))) if normalized else distance
 
 
@@ -172,11 +175,13 @@ def domain_sums(p: Tensor, domains: Tensor, num_domains: int) -> tuple[Tensor, T
         num_domains: D.
 
     Raises:
-        ValueError: shapes that do not fit, see also ``fsi``; labels out of range raise an IndexError of torch.
+        ValueError: shapes that do not fit, labels that are no integers or (checked on the CPU) out of range; see also
+            ``fsi``.
     """
     p_TE = _tokens(p)
     if domains.shape != p.shape[:-1]:
         raise ValueError(f"domains must be {tuple(p.shape[:-1])}, got {tuple(domains.shape)}")
+    _check_labels("domains", domains, num_domains)
     labels_T = rearrange(domains, "... -> (...)").long()
     sums_DE = p_TE.new_zeros(num_domains, p_TE.shape[-1]).index_add(0, labels_T, p_TE)
     return sums_DE, p_TE.new_zeros(num_domains).index_add(0, labels_T, p_TE.new_ones(len(p_TE)))
@@ -210,7 +215,9 @@ def fsi_domain_from_sums(sums: Tensor, tokens: Tensor) -> Tensor:
     total = tokens.sum(dim=-1, keepdim=True)
     mean_E = sums.sum(dim=-2) / total
     # A domain without tokens has weight 0; any distribution will do for its mean, and p̄ has a finite gradient.
-    means_DE = torch.where((tokens > 0).unsqueeze(-1), sums / tokens.clamp_min(1).unsqueeze(-1), mean_E.unsqueeze(-2))
+    seen = tokens > 0
+    means_DE = sums / torch.where(seen, tokens, 1).unsqueeze(-1)
+    means_DE = torch.where(seen.unsqueeze(-1), means_DE, mean_E.unsqueeze(-2))
     return (tokens / total * fisher_rao_distance(means_DE, mean_E.unsqueeze(-2))).sum(dim=-1)
 
 
@@ -289,8 +296,15 @@ def flip_rate(p: Tensor, previous: Tensor) -> Tensor:
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
-    """Return n (E,), how many (token, choice) pairs went to each expert, from chosen ids (..., K) int64."""
-    return torch.bincount(ids.reshape(-1), minlength=num_experts)
+    """Return n (E,) int64, how many (token, choice) pairs went to each expert, from chosen ids (..., K) int64.
+
+    Raises:
+        ValueError: ids that are no integers or (checked on the CPU) out of range.
+    """
+    _check_labels("ids", ids, num_experts)
+    flat = ids.reshape(-1).long()
+    # Not bincount: it would grow for an id out of range, and wait for an accelerator.
+    return flat.new_zeros(num_experts).index_add(0, flat, torch.ones_like(flat))
 
 
 def _check_same_batch(p: Tensor, previous: Tensor) -> None:
@@ -313,7 +327,7 @@ def _tokens(p: Tensor) -> Tensor:
     if not p.is_floating_point():
         raise ValueError(f"p must be floating point, got {p.dtype}")
     p_TE = rearrange(widen(p), "... e -> (...) e")
-    if p.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(p):
         total = float(p_TE.detach().mean(dim=0).sum())
         tolerance = 1e-3 if p.dtype in (torch.float32, torch.float64) else 5e-2
         if abs(total - 1) > tolerance or bool((p_TE.detach().mean(dim=0) < 0).any()):
@@ -322,6 +336,18 @@ def _tokens(p: Tensor) -> Tensor:
                 "e.g. routing_probabilities(logits)"
             )
     return p_TE
+
+
+def _check_labels(name: str, labels: Tensor, size: int) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+    if _readable(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < size:
+        raise ValueError(f"{name} must be in 0..{size - 1}, got {int(labels.min())}..{int(labels.max())}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether values can be checked at no cost: reading them back would make an accelerator wait."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tokens(name: str, x: Tensor) -> None:

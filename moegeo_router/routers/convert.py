@@ -10,7 +10,7 @@ from torch import nn
 
 from .find import RouterSite, Select, find_routers
 from .router import GeometricRouter
-from .tag import changes_function, put_on_manifold, take_off_manifold
+from .tag import changes_function, put_on_manifold, refuse_zero_rows, take_off_manifold
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -105,6 +105,8 @@ def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: boo
                 f"router {site.name} is a {type(site.module).__name__}: "
                 "only nn.Linear routers can become cosine routers"
             )
+        if manifold == "sphere":
+            refuse_zero_rows(site.weight, f"router {site.name}")
 
 
 def _warn_of_zero_rows(site: RouterSite) -> None:

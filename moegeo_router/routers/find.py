@@ -62,8 +62,8 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
 
     Args:
         model: any module.
-        select: instead of the rules above: a pattern of qualified names (``"layers.*.mlp.gate"``), a module type, a
-            module, a predicate ``(name, module) -> bool``, or a sequence of these.
+        select: instead of the rules above: a pattern of qualified names (``"layers.*.mlp.gate"``; a star matches dots,
+            too), a module type, a module, a predicate ``(name, module) -> bool``, or a sequence of these.
 
     Raises:
         ValueError: no router found, a selector that selects nothing, or a selected module without an (E, D) weight.

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tag import changes_function, put_on_manifold
+from ..geometry.simplex import widen
+from .tag import changes_function, put_on_manifold, refuse_zero_rows
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -88,16 +89,18 @@ class GeometricRouter(nn.Linear):
             AttributeError: the manifold is not ``"sphere"``.
         """
         low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-        return torch.exp(low + (high - low) * torch.sigmoid(self.temperature_logit.float()))
+        return torch.exp(low + (high - low) * torch.sigmoid(widen(self.temperature_logit)))
 
     def reset_parameters(self) -> None:
         """Initialise like ``nn.Linear``, then put the weight on its manifold."""
         super().reset_parameters()
         if self.manifold == "sphere":
-            # 1-D because sharded training refuses 0-D parameters.
-            self.temperature_logit = nn.Parameter(self.weight.new_zeros(1))
+            if "temperature_logit" not in self._parameters:
+                # 1-D because sharded training refuses 0-D parameters.
+                self.temperature_logit = nn.Parameter(self.weight.new_zeros(1))
             self._set_temperature(_matching_temperature(self.weight))
         put_on_manifold(self.weight, self.manifold, allow_change=True)
+        self._project()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (..., E) of inputs (..., D), in the dtype ``nn.Linear`` would return.
@@ -110,9 +113,9 @@ class GeometricRouter(nn.Linear):
         if self.manifold != "sphere":
             return super().forward(x)
         # The weight is normalised here too: a Euclidean optimizer or a bf16 rounding may have moved it off the sphere.
-        cosine = F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
+        cosine = F.linear(F.normalize(widen(x), dim=-1), F.normalize(widen(self.weight), dim=-1))
         logits = cosine / self.temperature
-        return (logits if self.bias is None else logits + self.bias.float()).to(x.dtype)
+        return (logits if self.bias is None else logits + widen(self.bias)).to(x.dtype)
 
     @classmethod
     def from_linear(
@@ -121,14 +124,18 @@ class GeometricRouter(nn.Linear):
         """Return a new router with a copy of ``linear``'s parameters. (``geometrize`` converts a model in place.)
 
         Raises:
-            ValueError: the manifold cannot hold the weight without changing the function, and ``allow_change`` is
-                not set.
+            ValueError: the manifold cannot hold the weight without changing the function, or ``linear`` is a cosine
+                router, and ``allow_change`` is not set; a zero row for the sphere.
             TypeError: not an ``nn.Linear``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
         if changes_function(manifold) and not allow_change:
             raise ValueError(f"{manifold} rows change the function of a given weight: pass allow_change=True")
+        if isinstance(linear, GeometricRouter):
+            linear = linear.to_linear(allow_change=allow_change)
+        if manifold == "sphere":
+            refuse_zero_rows(linear.weight, "linear")
         router = cls(
             linear.in_features,
             linear.out_features,
@@ -143,8 +150,7 @@ class GeometricRouter(nn.Linear):
                 router.bias.copy_(linear.bias)
             if manifold == "sphere":
                 router._set_temperature(_matching_temperature(linear.weight))
-            if changes_function(manifold):
-                router.weight.copy_(router.weight.manifold.projx(router.weight))  # type: ignore[attr-defined]
+        router._project()
         _copy_flags(linear, router)
         return router
 
@@ -181,7 +187,13 @@ class GeometricRouter(nn.Linear):
     def _folded(self, allow_change: bool) -> Tensor:
         if not allow_change:
             raise ValueError("a cosine router normalises its input, nn.Linear does not: pass allow_change=True")
-        return F.normalize(self.weight.float(), dim=-1) / (self.temperature * math.sqrt(self.in_features))
+        return F.normalize(widen(self.weight), dim=-1) / (self.temperature * math.sqrt(self.in_features))
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        """Move the weight's new values to its manifold: ``put_on_manifold`` leaves those of a tagged weight alone."""
+        if changes_function(self.manifold):
+            self.weight.copy_(self.weight.manifold.projx(self.weight))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _set_temperature(self, temperature: Tensor) -> None:
@@ -193,7 +205,7 @@ class GeometricRouter(nn.Linear):
 
 def _matching_temperature(weight: Tensor) -> Tensor:
     """Return the τ, shape (1,), that keeps the size of the logits for inputs of norm √D: ``1 / (√D · mean ‖w_e‖)``."""
-    norm = torch.linalg.vector_norm(weight.detach().float(), dim=-1).mean().clamp_min(1e-12)
+    norm = torch.linalg.vector_norm(widen(weight.detach()), dim=-1).mean().clamp_min(1e-12)
     return (1 / (math.sqrt(weight.shape[1]) * norm)).reshape(1)
 
 

@@ -47,13 +47,22 @@ def put_on_manifold(parameter: Tensor, name: str, *, seed: int = 0, allow_change
         raise ValueError(f"the weight is on {current.name} already: export it before putting it on {manifold.name}")
     if current is not None:
         return
-    manifold.assert_check_point(parameter)
+    ok, reason = manifold.check_point(parameter, explain=True)
+    if not ok:
+        raise ValueError(f"a weight {tuple(parameter.shape)} does not fit manifold={name!r}: {reason}")
     if changes_function(name):
         if not allow_change:
             raise ValueError(f"{name} rows change the function of a given weight: pass allow_change=True")
         parameter.copy_(manifold.projx(parameter))
     parameter.__class__ = ManifoldParameter
     parameter.manifold = manifold  # type: ignore[attr-defined]
+
+
+def refuse_zero_rows(weight: Tensor, name: str) -> None:
+    """Raise a ValueError if a row of ``weight`` (E, D) is zero: it has no direction, so no place on the sphere."""
+    zero_rows = int((weight.detach() == 0).all(dim=-1).sum())
+    if zero_rows:
+        raise ValueError(f"{name}: {zero_rows} of {len(weight)} rows are zero and have no direction on the sphere")
 
 
 def take_off_manifold(parameter: Tensor) -> None:

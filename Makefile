@@ -1,0 +1,45 @@
+# Every target is enough on a fresh clone: what it needs is set up first.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint bench gpu wheel-test
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed  ## the environment of the tests, in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed (looked for python3.11, python3, python); PYTHON=... names it"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
+	@touch $@
+
+demo: setup  ## train a small MoE language model on real text, with geometry
+	$(BIN)/python -m trainers.train experiment=demo
+
+test: setup  ## the quick suite
+	$(BIN)/python -m pytest
+
+lint: setup  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## speed, as ratios measured side by side
+	$(BIN)/python -m trainers.speed
+
+gpu: setup  ## what waits for an accelerator: its tests and the same ratios there
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu: no CUDA device here (this torch is $$($(BIN)/python -c 'import torch; print(torch.__version__)'))"; exit 2; }
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m trainers.speed --device cuda
+
+wheel-test: setup  ## the wheel alone, without extras, in a clean environment: README's example runs there
+	rm -rf dist build/wheel-env build/empty
+	$(BIN)/python -m build --quiet --wheel
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	mkdir -p build/empty
+	cd build/empty && ../wheel-env/bin/python ../../tests/readme_example.py ../../README.md

@@ -1,0 +1,185 @@
+"""A log as a Weights & Biases run, offline or online, with the keys of the JSON-lines log."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from moegeo_router.loggers.base import check_event, check_metrics
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+Mode = Literal["auto", "offline", "online", "disabled"]
+
+QUIET = {
+    "silent": True,  # its lines would tear the progress bar; `how_to_open` says what a person needs
+    "console": "off",
+    "x_disable_stats": True,
+    "disable_git": True,
+    "save_code": False,
+}
+"""Settings with which wandb records what it is given and nothing else."""
+
+FINISH_TIMEOUT_S = 60.0
+"""How long `close` waits for an upload; what is not uploaded by then stays on disk for `wandb sync`."""
+
+
+class WandbLogger:
+    """Write rows to a Weights & Biases run of its own (a run the caller has open is left alone).
+
+    The x axis of every chart is the key "step", not wandb's row counter: wandb's own counter can only grow, so after
+    a resume it would refuse the rows since the checkpoint. An event is a row `{"event/<kind>": 1,
+    "event/<kind>/<field>": value}`; numbers and texts stay, anything nested becomes JSON text.
+
+    Args:
+        project: wandb project.
+        name: display name of the run; None lets wandb choose.
+        directory: folder in which wandb makes its own `wandb/`; made if missing.
+        config: what the run was started with; nested mappings are fine.
+        mode: "auto" is online when the user is logged in (WANDB_API_KEY, identity token, netrc or wandb's settings;
+            decided without the network), else offline. The environment variable WANDB_MODE, if set, wins.
+            Online without a reachable, accepting server falls back to offline with one RuntimeWarning
+            (under a new run id if it was reached and refused).
+        run_id: id of the run to continue; None starts a new one.
+        tags: wandb tags.
+        init_timeout: seconds to wait for the server before the run goes offline.
+
+    Attributes:
+        run_id: id of the run; keep it in the checkpoint to continue the same run after a resume.
+
+    Raises:
+        ImportError: wandb is not installed.
+        ValueError: unknown mode, or a directory that cannot be written.
+        wandb.errors.UsageError: mode "online" and nobody is logged in.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        name: str | None = None,
+        directory: str | Path,
+        config: Mapping[str, Any],
+        mode: Mode = "auto",
+        run_id: str | None = None,
+        tags: Sequence[str] = (),
+        init_timeout: float = 20.0,
+    ) -> None:
+        wandb = _import_wandb()
+        mode = _requested_mode(mode)
+        init = {
+            "project": project,
+            "name": name,
+            "dir": str(_writable(Path(directory))),
+            "config": dict(config),
+            "id": run_id or secrets.token_hex(4),
+            "resume": "allow",
+            "tags": list(tags),
+            "reinit": "create_new",
+            "settings": wandb.Settings(**QUIET, init_timeout=init_timeout, finish_timeout=FINISH_TIMEOUT_S),
+        }
+        self._run = _start(wandb, mode, init)
+        self.run_id: str = self._run.id
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row of numbers (see `Logger.log`)."""
+        check_metrics(metrics, step)
+        self._run.log({"step": step, **metrics})
+
+    def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Write one event (see `Logger.event`)."""
+        check_event(kind, fields, step)
+        row = {f"event/{kind}/{key}": _scalar(value) for key, value in fields.items()}
+        self._run.log({"step": step, f"event/{kind}": 1, **row})
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the run; wandb marks it failed when the exit code is not 0."""
+        self._run.finish(exit_code=exit_code)
+
+    @property
+    def how_to_open(self) -> str:
+        """One line that tells a person how to see the logs."""
+        if self._run.disabled:
+            return "wandb is disabled: nothing was written"
+        if not self._run.offline:
+            return f"wandb: {self._run.url}"
+        folder = Path(self._run.dir).parent
+        return f"wandb (offline): `wandb leet {folder}` shows it here, `wandb sync {folder}` uploads it"
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("WandbLogger needs wandb: pip install moegeo-router[train]") from None
+    return wandb
+
+
+def _requested_mode(mode: Mode) -> Mode:
+    source, wanted = "mode", mode
+    if environment := os.environ.get("WANDB_MODE"):
+        source, wanted = "WANDB_MODE", environment  # type: ignore[assignment]
+    if wanted not in get_args(Mode):
+        raise ValueError(f"{source}: expected one of {', '.join(get_args(Mode))}, got {wanted!r}")
+    return wanted
+
+
+def _writable(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):  # wandb itself would move to the system's temporary folder
+        raise ValueError(f"directory: expected a writable folder, got {directory}")
+    return directory
+
+
+def _start(wandb: ModuleType, mode: Mode, init: Mapping[str, Any]) -> Run:
+    if mode in ("offline", "disabled"):
+        return wandb.init(mode=mode, **init)
+    try:
+        if mode == "auto" and not _is_logged_in(wandb):
+            return wandb.init(mode="offline", **init)
+        _ask_server(wandb.setup().settings.base_url, timeout=init["settings"].init_timeout)
+    except (OSError, wandb.errors.AuthenticationError) as error:
+        return _start_offline(wandb, init, error)
+    try:
+        return wandb.init(mode="online", **init)
+    except wandb.errors.CommError as error:
+        # wandb's service holds the id of the failed attempt until the process ends: another one is needed.
+        return _start_offline(wandb, {**init, "id": secrets.token_hex(4)}, error)
+
+
+def _start_offline(wandb: ModuleType, init: Mapping[str, Any], error: Exception) -> Run:
+    reason = str(error).splitlines()[0]
+    message = f"wandb: no run on the server ({reason}); logging offline instead, `wandb sync` uploads it later"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return wandb.init(mode="offline", **init)
+
+
+def _ask_server(url: str, timeout: float) -> None:
+    """Raise OSError if no server answers: asked before wandb is, because a failed `wandb.init` leaves its id in use."""
+    try:
+        urllib.request.urlopen(url, timeout=timeout).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()
+
+
+def _is_logged_in(wandb: ModuleType) -> bool:
+    # wandb.login() would be the public question, but it asks the server and rewrites the user's settings file.
+    from wandb.sdk.lib import wbauth
+
+    host = wandb.setup().settings.base_url
+    return wbauth.authenticate_session(host=host, source="WandbLogger", prompt=False, update_session=False) is not None
+
+
+def _scalar(value: object) -> object:
+    return value if isinstance(value, int | float | str) else json.dumps(value)

@@ -1,0 +1,241 @@
+import http.server
+import math
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from moegeo_router.loggers import JSONLLogger, MultiLogger, WandbLogger, read_jsonl
+from tests.support.wandb_offline import find_runs, read_run
+
+
+class Refusal(http.server.BaseHTTPRequestHandler):
+    """A server that is there and lets nobody in."""
+
+    def do_GET(self):
+        self.send_error(401)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def port():
+    """A port of this machine on which nobody answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def refusing_server(port):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _isolated_wandb(tmp_path_factory, port):
+    """Nobody is logged in, and no server of the outside world can be reached; set before wandb reads it, once."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NETRC", str(home / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(home))
+        patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _logged_out_afterwards():
+    """wandb keeps the credentials of a login for the life of the process."""
+    yield
+    from wandb.sdk.lib import wbauth
+
+    wbauth.unauthenticate_session()
+
+
+def start(directory, **kwargs):
+    return WandbLogger(**{"project": "tests", "directory": directory, "config": {}, "mode": "offline"} | kwargs)
+
+
+def only_run(directory):
+    (path,) = find_runs(directory)
+    return read_run(path)
+
+
+def comparable(row):
+    return {key: "nan" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def test_an_offline_run_holds_the_rows_of_the_json_lines(tmp_path):
+    config = {"model": {"experts": 8}, "lr": 1e-3}
+    offline = start(tmp_path, name="n", config=config, tags=("a", "b"))
+    logger = MultiLogger([JSONLLogger(tmp_path / "log.jsonl"), offline])
+    for step in range(0, 3000, 10):  # more than one 32 KiB block
+        logger.log({"train/loss": 1 / (step + 3), "geometry/layer0/fsi": step / 7, "train/tokens": step}, step)
+    logger.log({"train/loss": math.nan, "geometry/fsi": math.inf}, 3000)
+    logger.close(exit_code=5)
+
+    run = only_run(tmp_path)
+    rows = [{key: value for key, value in row.items() if key != "time"} for row in read_jsonl(tmp_path / "log.jsonl")]
+    assert len(rows) == 301
+    assert [comparable(row) for row in run.history] == [comparable(row) for row in rows]
+    assert {key: run.config[key] for key in config} == config
+    assert (run.project, run.tags, run.run_id, run.exit_code) == ("tests", ["a", "b"], offline.run_id, 5)
+    assert run.step_metrics["*"] == "step"
+
+
+def test_an_event_is_a_row_with_its_numbers_and_texts(tmp_path):
+    logger = start(tmp_path)
+    logger.log({"train/loss": 1.0}, 7)
+    logger.event("checkpoint", {"bytes": 12, "path": "a/b", "kept": [1, 2]}, 7)
+    logger.close()
+    row, event = only_run(tmp_path).history
+    assert row == {"step": 7, "train/loss": 1.0}
+    assert event == {
+        "step": 7,
+        "event/checkpoint": 1,
+        "event/checkpoint/bytes": 12,
+        "event/checkpoint/path": "a/b",
+        "event/checkpoint/kept": "[1, 2]",
+    }
+
+
+def test_a_resumed_run_keeps_its_id_and_may_repeat_steps(tmp_path):
+    logger = start(tmp_path)
+    for step in (1, 2, 3, 2):  # 2 again, as after a kill at 3 with the checkpoint at 1
+        logger.log({"train/loss": float(step)}, step)
+    logger.close()
+    time.sleep(1.1)  # wandb names the folder by the second
+    resumed = start(tmp_path, run_id=logger.run_id)
+    resumed.log({"train/loss": 20.0}, 2)
+    resumed.close()
+    first, second = (read_run(path) for path in find_runs(tmp_path))
+    assert [row["step"] for row in first.history] == [1, 2, 3, 2]
+    assert [row["step"] for row in second.history] == [2]
+    assert first.run_id == second.run_id == logger.run_id
+
+
+def test_a_run_of_the_users_own_is_left_alone(tmp_path):
+    import wandb
+
+    theirs = wandb.init(project="theirs", dir=str(tmp_path), mode="offline", settings=wandb.Settings(silent=True))
+    logger = start(tmp_path)
+    logger.log({"ours": 1.0}, 0)
+    logger.close()
+    theirs.log({"theirs": 2.0})
+    theirs.finish()
+    histories = [read_run(path).history for path in find_runs(tmp_path)]
+    assert sorted(histories, key=str) == sorted([[{"step": 0, "ours": 1.0}], [{"theirs": 2.0}]], key=str)
+
+
+def test_auto_is_offline_and_silent_when_nobody_is_logged_in(tmp_path, capfd):
+    logger = start(tmp_path, mode="auto")
+    folder = find_runs(tmp_path)[0].parent
+    assert folder.name.startswith("offline-run-")
+    assert f"`wandb leet {folder}`" in logger.how_to_open
+    assert f"`wandb sync {folder}`" in logger.how_to_open
+    assert "\n" not in logger.how_to_open
+    logger.close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("login", ["environment", "netrc"])
+def test_logged_in_without_a_network_goes_offline_and_loses_nothing(tmp_path, monkeypatch, port, login):
+    if login == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    else:
+        (tmp_path / "netrc").write_text(f"machine 127.0.0.1:{port}\n  login user\n  password {'b' * 40}\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.warns(RuntimeWarning, match="refused.*logging offline instead") as caught:
+        logger = start(tmp_path, mode="auto", run_id="resumed1")
+    logger.log({"train/loss": 0.5}, 1)
+    logger.close()
+    assert len(caught) == 1
+    run = only_run(tmp_path)
+    assert run.history == [{"step": 1, "train/loss": 0.5}]
+    assert run.run_id == logger.run_id == "resumed1"
+
+
+def test_a_server_that_refuses_is_told_once_and_the_run_goes_offline(tmp_path, monkeypatch, refusing_server):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with pytest.warns(RuntimeWarning, match="logging offline instead") as caught:
+        logger = start(tmp_path, mode="online", init_timeout=2.0)
+    logger.log({"train/loss": 0.5}, 1)
+    logger.close()
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    (offline,) = [path for path in find_runs(tmp_path) if path.parent.name.startswith("offline-run-")]
+    run = read_run(offline)
+    assert run.history == [{"step": 1, "train/loss": 0.5}]
+    assert run.run_id == logger.run_id
+    assert str(offline.parent) in logger.how_to_open
+
+
+def test_a_malformed_key_goes_offline_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.warns(RuntimeWarning, match="WANDB_API_KEY"):
+        start(tmp_path, mode="auto").close()
+    assert len(find_runs(tmp_path)) == 1
+
+
+def test_the_environment_wins_over_the_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = start(tmp_path, mode="online")
+    logger.log({"a": 1.0}, 0)
+    logger.event("stop", {}, 0)
+    logger.close()
+    assert logger.how_to_open == "wandb is disabled: nothing was written"
+    assert find_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("argument", ["mode", "WANDB_MODE"])
+def test_an_unknown_mode_is_an_error(tmp_path, monkeypatch, argument):
+    monkeypatch.setenv("WANDB_MODE", "of-line" if argument == "WANDB_MODE" else "")
+    with pytest.raises(
+        ValueError, match=f"^{argument}: expected one of auto, offline, online, disabled, got 'of-line'"
+    ):
+        start(tmp_path, mode="of-line" if argument == "mode" else "offline")
+
+
+def test_without_wandb_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install moegeo-router\[train\]"):
+        start(tmp_path)
+
+
+def test_an_unwritable_directory_is_an_error_not_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("moegeo_router.loggers.wandb.os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="directory: expected a writable folder"):
+        start(tmp_path)
+
+
+def test_mistakes_are_refused(tmp_path):
+    logger = start(tmp_path, mode="disabled")
+    with pytest.raises(ValueError, match="metrics"):
+        logger.log({"a": Path()}, 0)
+    with pytest.raises(ValueError, match="fields"):
+        logger.event("stop", {"a": object()}, 0)
+    logger.close()
+
+
+def test_a_row_costs_less_than_a_millisecond(tmp_path):
+    logger = start(tmp_path)
+    metrics = {f"geometry/metric{i}": i / 7 for i in range(12)}
+    costs = []
+    for step in range(300):
+        begin = time.process_time()
+        logger.log(metrics, step)
+        costs.append(time.process_time() - begin)
+    logger.close()
+    assert statistics.median(costs) < 1e-3

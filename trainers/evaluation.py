@@ -1,0 +1,106 @@
+"""Evaluation: the held-out loss of a model and the geometry of its routing."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainers.data.base import Batch, Data
+from trainers.models.moe import ModelOutput
+from trainers.observation import RoutingRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a validation found.
+
+    Attributes:
+        loss: mean cross-entropy, nats a target (token or image).
+        bits_per_byte: of a language model, else None.
+        accuracy: share of targets predicted first.
+        domain_loss: mean cross-entropy by domain.
+        layers: scalars of each MoE layer (``RoutingRecord.layers``).
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    accuracy: float
+    domain_loss: dict[str, float]
+    layers: dict[str, dict[str, float]]
+
+    def scalars(self, per_layer: bool = False) -> dict[str, float]:
+        """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (means over layers)."""
+        flat = {"valid/loss": self.loss, "valid/accuracy": self.accuracy}
+        if self.bits_per_byte is not None:
+            flat["valid/bits_per_byte"] = self.bits_per_byte
+        for name in next(iter(self.layers.values()), {}):
+            values = [scalars[name] for scalars in self.layers.values()]
+            flat[f"valid/geometry/{name}"] = sum(values) if name == "dead_experts" else sum(values) / len(values)
+        if per_layer:
+            flat |= {f"valid/domain/{domain}/loss": loss for domain, loss in self.domain_loss.items()}
+            flat |= {
+                f"valid/geometry/{layer}/{name}": value
+                for layer, scalars in self.layers.items()
+                for name, value in scalars.items()
+            }
+        return flat
+
+
+def target_losses(output: ModelOutput, batch: Batch) -> Tensor:
+    """Return the cross-entropy of every target in nats, in the shape of ``batch.targets``; fp32 whatever the logits."""
+    flat = F.cross_entropy(output.logits.float().flatten(0, -2), batch.targets.flatten(), reduction="none")
+    return flat.view(batch.targets.shape)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward: bf16 autocast for ``"bf16"``, nothing for ``"fp32"`` and ``"tf32"``."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str = "fp32") -> Evaluation:
+    """Evaluate ``model`` on the held-out batches of ``data``.
+
+    Args:
+        model: language or vision model of ``trainers.models``; its mode (train or eval) is restored.
+        data: where ``valid_batches`` come from.
+        device: where the model is.
+        precision: ``"fp32"``, ``"tf32"`` or ``"bf16"``.
+
+    Raises:
+        ValueError: the held-out split has no targets.
+    """
+    training = model.training
+    model.eval()
+    losses, correct, domains = [], [], []
+    record = RoutingRecord()
+    for cpu_batch in data.valid_batches():
+        batch = cpu_batch.to(device)
+        with autocast(precision, device):
+            output = model(batch.inputs)
+        record.add(output.routing, batch)
+        losses.append(target_losses(output, batch)[batch.mask].cpu())
+        correct.append((output.logits.argmax(dim=-1) == batch.targets)[batch.mask].cpu())
+        domains.append(cpu_batch.domains[cpu_batch.mask])
+    model.train(training)
+    if not sum(len(part) for part in losses):
+        raise ValueError(f"the held-out split of {data.name} has no targets")
+    loss_T, domain_T = torch.cat(losses).double(), torch.cat(domains)
+    loss = float(loss_T.mean())
+    bytes_per_token = getattr(data, "bytes_per_token", None)
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=None if bytes_per_token is None else loss / math.log(2) / bytes_per_token,
+        accuracy=float(torch.cat(correct).double().mean()),
+        domain_loss={
+            name: float(loss_T[domain_T == index].mean())
+            for index, name in enumerate(data.domains)
+            if bool((domain_T == index).any())
+        },
+        layers=record.layers(len(data.domains)),
+    )

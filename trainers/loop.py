@@ -1,0 +1,282 @@
+"""The training loop: one step after the other, watched, saved, and continued after a kill as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import moegeo_router as mg
+from moegeo_router.loggers import Logger
+from trainers import checkpoint as checkpoints
+from trainers.checkpoint import Checkpoint
+from trainers.data.base import Batch, Data
+from trainers.evaluation import Evaluation, autocast, evaluate, target_losses
+from trainers.models.moe import ModelOutput, Routing
+from trainers.observation import routing_scalars, summarize, token_values
+from trainers.optimizers import learning_rate_scale, set_learning_rates
+from trainers.progress import Progress
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and how a run trains.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        warmup: steps of linear warm-up of the learning rates.
+        final_lr: factor on the learning rates at the end of the cosine.
+        clip_norm: the gradient's norm is clipped to this.
+        fsi_weight: weight of the regularizer Σ_layers fsi², which holds the mean routing near uniform.
+        precision: ``"fp32"``, ``"tf32"`` (fp32 with TF32 products on an accelerator) or ``"bf16"`` (autocast).
+        eval_every: validate every so many steps; 0: only at the end.
+        checkpoint_every: save every so many steps; 0: only at the end and when stopped.
+        keep_checkpoints: how many checkpoints stay.
+        per_layer: also log every layer's scalars.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    steps: int = 1000
+    warmup: int = 50
+    final_lr: float = 0.1
+    clip_norm: float = 1.0
+    fsi_weight: float = 0.01
+    precision: str = "fp32"
+    eval_every: int = 0
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("warmup", 0), ("eval_every", 0), ("checkpoint_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"loop.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"loop.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        if self.clip_norm <= 0 or self.fsi_weight < 0 or not 0 <= self.final_lr <= 1:
+            raise ValueError(
+                "loop needs clip_norm > 0, fsi_weight >= 0 and 0 <= final_lr <= 1, "
+                f"got {self.clip_norm}, {self.fsi_weight} and {self.final_lr}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"loop.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or inf in a step; the step was not taken."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself."""
+
+
+class Trainer:
+    """Trains a model and keeps everything a resumed run needs.
+
+    Args:
+        model: a model of ``trainers.models``, on ``device``.
+        data: what it trains on; a batch is a pure function of the step.
+        optimizers: as ``trainers.optimizers`` builds them.
+        config: the loop.
+        logger: where scalars and events go.
+        directory: the run's folder; checkpoints go to ``directory/checkpoints``.
+        device: where to train.
+        meta: plain JSON that a resumed run must find unchanged or wants to keep (configuration, wandb's run id).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        optimizers: Sequence[Optimizer],
+        config: LoopConfig,
+        *,
+        logger: Logger,
+        directory: Path,
+        device: torch.device,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.data, self.optimizers, self.config = model, data, list(optimizers), config
+        self.logger, self.directory, self.device, self.meta = logger, directory, device, dict(meta or {})
+        self.step = 0
+        if config.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+
+    def run(self, progress: Progress) -> Evaluation:
+        """Train to the last step, then evaluate.
+
+        Raises:
+            NonFiniteError: NaN or inf in the loss, a layer's logits or the gradient; the state before it is saved.
+            Interrupted: asked to stop; the state is saved.
+        """
+        if self.step == 0:
+            self.save()  # from here on the folder says what it holds, and a kill before the next save loses little
+        with stop_requests() as stop, progress:
+            while self.step < self.config.steps:
+                started = time.perf_counter()
+                try:
+                    scalars = self.train_step(self.data.train_batch(self.step))
+                except NonFiniteError as error:
+                    self._save_non_finite(str(error))
+                    raise
+                scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
+                self.logger.log(scalars, self.step)
+                progress.update(self.step, scalars)
+                if self._due(self.config.eval_every) and self.step < self.config.steps:
+                    self._evaluate()
+                if self._due(self.config.checkpoint_every):
+                    self.save()
+                if stop.is_set():
+                    raise Interrupted(f"stopped after step {self.step}; saved {self.save()}")
+        evaluation = self._evaluate()
+        self.save()
+        return evaluation
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Take one optimizer step on ``batch`` and return its scalars.
+
+        Raises:
+            ValueError: the batch has no target that is not padding.
+            NonFiniteError: NaN or inf; nothing was changed.
+        """
+        if not bool(batch.mask.any()):
+            raise ValueError(f"step {self.step}: the batch has no targets, every position is padding")
+        padded = not bool(batch.mask.all())
+        batch = batch.to(self.device)
+        scale = learning_rate_scale(
+            self.step, steps=self.config.steps, warmup=self.config.warmup, final=self.config.final_lr
+        )
+        set_learning_rates(self.optimizers, scale)
+        with autocast(self.config.precision, self.device):
+            output: ModelOutput = self.model(batch.inputs)
+        mask = batch.mask if padded else None
+        loss = (target_losses(output, batch) * batch.mask).sum() / batch.mask.sum()
+        total = loss + self.config.fsi_weight * fsi_penalty(output.routing, mask)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        scalars = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
+        if not all(map(_is_finite, scalars.values())):
+            self._zero_grad()
+            raise NonFiniteError(f"{_non_finite_place(output, scalars)} at step {self.step}; the step was not taken")
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._zero_grad()
+        self.step += 1
+        layers = {
+            name: routing_scalars(_unmasked(r.probs.detach(), mask), _unmasked(r.ids, mask))
+            for name, r in output.routing.items()
+        }
+        scalars |= {"train/tokens": float(batch.mask.sum()), "train/lr_scale": scale}
+        return scalars | summarize(layers, self.config.per_layer)
+
+    def save(self, directory: str = "checkpoints") -> Path:
+        """Save everything a resumed run needs; return the checkpoint's folder."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = Checkpoint(
+            step=self.step,
+            model=self.model.state_dict(),
+            training={"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": rng},
+            meta=self.meta | {"data": self.data.fingerprint},
+        )
+        return checkpoints.save(self.directory / directory, state, keep=self.config.keep_checkpoints)
+
+    def restore(self, state: Checkpoint) -> None:
+        """Continue from a checkpoint of the same model, optimizers and data.
+
+        Raises:
+            ValueError: the checkpoint is of another corpus, model or optimizer.
+        """
+        if state.meta.get("data") != self.data.fingerprint:
+            raise ValueError(
+                f"the checkpoint of step {state.step} was trained on other data than {self.data.name} is now"
+            )
+        try:
+            self.model.load_state_dict(state.model)
+            for optimizer, saved in zip(self.optimizers, state.training["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint of step {state.step} is of another model or optimizer: {error}") from None
+        torch.set_rng_state(state.training["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state.training["rng"]:
+            torch.cuda.set_rng_state(state.training["rng"]["cuda"], self.device)
+        self.step = state.step
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = evaluate(self.model, self.data, self.device, self.config.precision)
+        self.logger.log(evaluation.scalars(self.config.per_layer), self.step)
+        return evaluation
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _save_non_finite(self, reason: str) -> None:
+        # Weights that hold NaN themselves must not become the checkpoint a resumed run starts from.
+        healthy = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        saved = self.save("checkpoints" if healthy else "non_finite")
+        self.logger.event("non_finite", {"reason": reason, "checkpoint": str(saved)}, self.step)
+
+
+def fsi_penalty(routing: Mapping[str, Routing], mask: Tensor | None = None) -> Tensor | float:
+    """Return the regularizer ``Σ_layers fsi(p)²``, on the unmasked tokens.
+
+    The square, because the distance itself has a kink at balance.
+    """
+    return sum((mg.fsi(_unmasked(record.probs, mask)).square() for record in routing.values()), start=0.0)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event, so that the running step can end; a second one interrupts."""
+    event = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(number, former[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # Python delivers signals to the main thread only
+        return
+    former = {number: signal.signal(number, request) for number in signals}
+    try:
+        yield event
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _unmasked(values_T: Tensor, mask: Tensor | None) -> Tensor:
+    return values_T if mask is None else values_T[token_values(mask, len(values_T))]
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _non_finite_place(output: ModelOutput, scalars: Mapping[str, float]) -> str:
+    for name, record in output.routing.items():
+        if not bool(record.logits.isfinite().all()):
+            return f"NaN or inf in the router logits of {name}"
+    if not _is_finite(scalars["train/loss"]):
+        return f"the loss is {scalars['train/loss']}, with finite router logits,"
+    return f"the gradient norm is {scalars['train/grad_norm']}, with a finite loss,"

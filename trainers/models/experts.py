@@ -1,0 +1,196 @@
+"""SwiGLU experts with stacked weights, and four ways of computing the same thing.
+
+Shape suffixes: T tokens, E experts, K chosen experts of a token, N = T·K (token, expert) pairs sorted by expert,
+C rows an expert is padded to, D width, F hidden width of one expert.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ExpertFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(x_TD, weights_TK, ids_TK, w_gate_EDF, w_up_EDF, w_down_EFD) -> y_TD"""
+
+
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """One expert, `(silu(x w_gate) ⊙ (x w_up)) w_down`; leading dimensions are batched as in torch.matmul.
+
+    Args:
+        x: (..., n, D) rows.
+        w_gate: (..., D, F).
+        w_up: (..., D, F).
+        w_down: (..., F, D).
+
+    Returns:
+        (..., n, D).
+    """
+    return (F.silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """The definition, `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`, one expert after the other.
+
+    Args:
+        x_TD: tokens.
+        weights_TK: gates, float32.
+        ids_TK: int64 chosen experts, in [0, E).
+        w_gate: (E, D, F).
+        w_up: (E, D, F).
+        w_down: (E, F, D).
+
+    Returns:
+        y_TD in x's dtype, summed in float32 (float64 for float64 tokens).
+    """
+    y_TD = torch.zeros(x_TD.shape, dtype=_sum_dtype(x_TD), device=x_TD.device)
+    for expert in range(w_gate.shape[0]):
+        rows, slots = (ids_TK == expert).nonzero(as_tuple=True)
+        y = swiglu(x_TD.index_select(0, rows), w_gate[expert], w_up[expert], w_down[expert])
+        y_TD.index_add_(0, rows, _weighted(y, weights_TK[rows, slots], y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
+
+
+def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """`loop` over tokens sorted by expert: one gather, one scatter, contiguous slices between.
+
+    The fastest on a CPU, where torch's grouped product is itself a loop over groups: here an expert's rows stay
+    in the cache through its three products. Reads the counts back to the host, which would stall an accelerator.
+    Arguments and result as in `loop`.
+    """
+    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
+    slices = x_TD.index_select(0, rows_N).split(counts_E.tolist())
+    # unbind, not indexing: the backward of w[e] writes a whole (E, D, F) gradient for every expert.
+    experts = zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind(), strict=True)
+    y_ND = torch.cat([swiglu(x, gate, up, down) for x, gate, up, down in experts])
+    return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
+
+
+def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """`loop` as three grouped products (`torch.nn.functional.grouped_mm`) over tokens sorted by expert.
+
+    Never reads back to the host; no token is padded or dropped. Arguments and result as in `loop`.
+
+    Raises:
+        ValueError: a dtype or a width that torch's grouped product does not take.
+    """
+    if not _grouped_mm_takes(x_TD, w_gate):
+        raise ValueError(
+            "experts='grouped' needs float32, bfloat16 or float16 and dim and hidden of whole 16 bytes, "
+            f"got {x_TD.dtype}, dim {w_gate.shape[1]} and hidden {w_gate.shape[2]}"
+        )
+    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    x_ND = x_TD.index_select(0, rows_N)
+    h_NF = F.silu(F.grouped_mm(x_ND, w_gate, offs=ends_E)) * F.grouped_mm(x_ND, w_up, offs=ends_E)
+    y_ND = F.grouped_mm(h_NF, w_down, offs=ends_E)
+    return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
+
+
+def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """`loop` as three batched products: each expert padded to the fullest one, no token dropped.
+
+    Works for every dtype and device; wasteful when the load is skewed. Arguments and result as in `loop`.
+    """
+    num_experts, dim = w_gate.shape[:2]
+    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, num_experts)
+    capacity = int(counts_E.max())
+    expert_N = ids_TK.reshape(-1).index_select(0, order_N)
+    starts_E = counts_E.cumsum(0) - counts_E
+    position_N = torch.arange(len(order_N), device=x_TD.device) - starts_E.index_select(0, expert_N)
+    cell_N = expert_N * capacity + position_N
+    x_ECD = x_TD.new_zeros(num_experts * capacity, dim).index_copy(0, cell_N, x_TD.index_select(0, rows_N))
+    y_ECD = swiglu(x_ECD.view(num_experts, capacity, dim), w_gate, w_up, w_down)
+    y_ND = y_ECD.reshape(-1, dim).index_select(0, cell_N)
+    return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
+
+
+def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """The fastest of the others for this device, dtype and width. Arguments and result as in `loop`."""
+    if x_TD.device.type == "cpu":
+        function = split
+    elif x_TD.dtype is torch.bfloat16 and _grouped_mm_takes(x_TD, w_gate):
+        function = grouped
+    else:
+        function = batched
+    return function(x_TD, weights_TK, ids_TK, w_gate, w_up, w_down)
+
+
+class SwiGLUExperts(nn.Module):
+    """E SwiGLU experts over stacked weights; `forward` gives each token the gated sum of its chosen experts.
+
+    Args:
+        num_experts: E ≥ 1.
+        dim: D ≥ 1.
+        hidden: F ≥ 1, hidden width of one expert.
+        compute: "auto", "split", "grouped", "batched" or "loop": the same function, computed differently.
+
+    Raises:
+        ValueError: a size below 1 or an unknown `compute`.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, compute: str = "auto") -> None:
+        super().__init__()
+        for name, size in {"num_experts": num_experts, "dim": dim, "hidden": hidden}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        functions: dict[str, ExpertFunction] = {f.__name__: f for f in (auto, split, grouped, batched, loop)}
+        if compute not in functions:
+            raise ValueError(f"experts must be one of {', '.join(functions)}, got {compute!r}")
+        self._function = functions[compute]
+        self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, out_std: float = 0.02) -> None:
+        """Draw the weights from N(0, std²), w_down's from N(0, out_std²)."""
+        nn.init.normal_(self.w_gate, std=std)
+        nn.init.normal_(self.w_up, std=std)
+        nn.init.normal_(self.w_down, std=out_std)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Compute `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`.
+
+        Args:
+            x_TD: tokens.
+            weights_TK: gates, float32.
+            ids_TK: int64 chosen experts, in [0, E).
+
+        Returns:
+            y_TD in x's dtype.
+        """
+        dtype = x_TD.dtype
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            # grouped_mm is not on autocast's list, and slices of a weight miss its cache: cast once, here.
+            dtype = torch.get_autocast_dtype(device)
+        weights = (w.to(dtype) for w in (self.w_gate, self.w_up, self.w_down))
+        return self._function(x_TD.to(dtype), weights_TK, ids_TK, *weights).to(x_TD.dtype)
+
+
+def _grouped_mm_takes(x: Tensor, w: Tensor) -> bool:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return x.dtype in dtypes and all(width * w.element_size() % 16 == 0 for width in w.shape[1:])
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.to(dtype) * weights.to(dtype).unsqueeze(-1)
+
+
+def _sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The stable order of the (token, expert) pairs by expert, their tokens, and the pairs of each expert."""
+    flat_N = ids_TK.reshape(-1)
+    order_N = flat_N.argsort(stable=True)
+    return order_N, order_N // ids_TK.shape[1], torch.bincount(flat_N, minlength=num_experts)
+
+
+def _combine(y_ND: Tensor, x_TD: Tensor, weights_TK: Tensor, order_N: Tensor, rows_N: Tensor) -> Tensor:
+    """Gate the sorted pairs and add them up per token, in float32 or better, into x's dtype."""
+    y_TD = torch.zeros(x_TD.shape, dtype=_sum_dtype(x_TD), device=x_TD.device)
+    weights_N = weights_TK.reshape(-1).index_select(0, order_N)
+    return y_TD.index_add_(0, rows_N, _weighted(y_ND, weights_N, y_TD.dtype)).to(x_TD.dtype)

@@ -1,0 +1,110 @@
+"""The mixture-of-experts layer: a router like `nn.Linear`, top-k gating, SwiGLU experts.
+
+Shape suffixes: T tokens, E experts, K chosen, D width, B batch, L length.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moegeo_router.routers.gating import ScoreFunction, topk_gating
+from trainers.models.experts import SwiGLUExperts
+
+RouterFactory = Callable[[int, int], nn.Module]
+"""(in_features, num_experts) -> module called like nn.Linear; e.g. `functools.partial(nn.Linear, bias=False)`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What one MoE layer did with its tokens, on the graph.
+
+    Args:
+        logits: (T, E) as the router emitted them.
+        probs: (T, E) float32 routing probabilities, the router's scores over all experts normalised to sum 1.
+        ids: (T, K) int64 chosen experts.
+        weights: (T, K) float32 gates.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """What a model returns.
+
+    Args:
+        logits: (B, L, V) next-token logits of a language model; (B, classes) of a vision model.
+        routing: one `Routing` for each MoE layer, in order, keyed "layer0", "layer1", … by block.
+    """
+
+    logits: Tensor
+    routing: dict[str, Routing]
+
+
+class MoELayer(nn.Module):
+    """Route every token to its top-k experts: `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`.
+
+    Args:
+        dim: D, width of a token.
+        hidden: hidden width of one expert.
+        num_experts: E ≥ 1.
+        top_k: K, 1 ≤ K ≤ E.
+        router: makes the router from (dim, num_experts).
+        renormalize: the chosen gates of a token sum to 1.
+        scores: "softmax" or "sigmoid".
+        experts: "auto", "split", "grouped", "batched" or "loop" (see `trainers.models.experts`).
+
+    Raises:
+        ValueError: a size below 1, top_k outside [1, num_experts], or an unknown option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        router: RouterFactory,
+        renormalize: bool = True,
+        scores: ScoreFunction = "softmax",
+        experts: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must lie in [1, num_experts = {num_experts}], got {top_k}")
+        if scores not in ("softmax", "sigmoid"):
+            raise ValueError(f"scores must be 'softmax' or 'sigmoid', got {scores!r}")
+        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        self.renormalize, self.scores = renormalize, scores
+        self.experts = SwiGLUExperts(num_experts, dim, hidden, experts)
+        self.router = router(dim, num_experts)
+
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:
+        """Apply the layer.
+
+        Args:
+            x_BLD: (..., D), any leading dimensions, of which the product is T; T = 0 and strided inputs work.
+
+        Returns:
+            The output in x's shape and dtype, and what the router did.
+
+        Raises:
+            ValueError: a last dimension other than D, or a router that does not return (T, E).
+        """
+        if x_BLD.shape[-1] != self.dim:
+            raise ValueError(f"x must have width {self.dim} in its last dimension, got {tuple(x_BLD.shape)}")
+        x_TD = x_BLD.reshape(-1, self.dim)
+        logits_TE = self.router(x_TD)
+        expected = (x_TD.shape[0], self.num_experts)
+        if logits_TE.shape != expected:
+            raise ValueError(f"router must return logits {expected}, got {tuple(logits_TE.shape)}")
+        gating = topk_gating(logits_TE, self.top_k, scores=self.scores, renormalize=self.renormalize)
+        y_TD = self.experts(x_TD, gating.weights, gating.ids)
+        routing = Routing(logits=logits_TE, probs=gating.probs, ids=gating.ids, weights=gating.weights)
+        return y_TD.view(x_BLD.shape), routing

@@ -1,0 +1,119 @@
+"""What a run reports of its routing: scalars of one batch, and of a whole validation split.
+
+Shape legend: B batch, T tokens of a layer, E experts, K chosen, L layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import moegeo_router as mg
+from moegeo_router.metrics import domain_sums, expert_counts, fsi_domain_from_sums, fsi_domain_null
+from trainers.data.base import Batch
+from trainers.models.moe import Routing
+
+#: An expert is dead in a batch if it gets less than this share of its fair load 1/E (geometry.md, section 4).
+DEAD_BELOW = 0.1
+
+
+def token_values(values_B: Tensor, tokens: int) -> Tensor:
+    """Repeat one value per position (B, L) or per image (B,) for each of the T tokens a layer saw."""
+    flat = values_B.reshape(-1)
+    return flat.repeat_interleave(tokens // len(flat)) if tokens != len(flat) else flat
+
+
+def routing_scalars(p_TE: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
+    """Return the scalars of one layer's routing.
+
+    Args:
+        p_TE: routing probabilities of the unmasked tokens.
+        ids_TK: the experts they went to.
+
+    Returns:
+        ``fsi``, ``fsi_load``, ``fsi_token`` (each over its maximum), ``dispersion``, ``routing_information`` (over
+        log E), ``max_load`` (largest share over the fair one, 1 = balanced) and ``dead_experts`` (a count).
+    """
+    num_experts, k = p_TE.shape[-1], ids_TK.shape[-1]
+    counts_E = expert_counts(ids_TK, num_experts).float()
+    fair_share_E = counts_E * num_experts / counts_E.sum()
+    return {
+        "fsi": mg.fsi(p_TE, normalized=True),
+        "fsi_load": mg.fsi_load(counts_E, k, normalized=True),
+        "fsi_token": mg.fsi_token(p_TE),
+        "dispersion": mg.dispersion(p_TE),
+        "routing_information": mg.routing_information(p_TE, normalized=True),
+        "max_load": fair_share_E.max(),
+        "dead_experts": (fair_share_E < DEAD_BELOW).sum().float(),
+    }
+
+
+def summarize(layers: Mapping[str, Mapping[str, Tensor]], per_layer: bool = False) -> dict[str, float]:
+    """Return flat keys ``geometry/fsi`` …: the mean over layers, for dead experts the sum, for max_load the largest.
+
+    Everything is read back at once.
+
+    Args:
+        layers: scalars by layer.
+        per_layer: also ``geometry/layer0/fsi`` …
+    """
+    names = list(next(iter(layers.values()), {}))
+    table = torch.stack([torch.stack([scalars[name] for name in names]) for scalars in layers.values()]).tolist()
+    flat = {}
+    for column, name in enumerate(names):
+        values = [row[column] for row in table]
+        reduced = {"dead_experts": sum, "max_load": max}.get(name, lambda v: sum(v) / len(v))(values)
+        flat[f"geometry/{name}"] = reduced
+        if per_layer:
+            flat |= {f"geometry/{layer}/{name}": value for layer, value in zip(layers, values, strict=True)}
+    return flat
+
+
+class RoutingRecord:
+    """The routing of a whole validation split, kept token by token so that every metric is exact."""
+
+    def __init__(self) -> None:
+        self._p: dict[str, list[Tensor]] = defaultdict(list)
+        self._ids: dict[str, list[Tensor]] = defaultdict(list)
+        self._domains: dict[str, list[Tensor]] = defaultdict(list)
+        self._documents: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, routing: Mapping[str, Routing], batch: Batch) -> None:
+        """Add the unmasked tokens of one batch."""
+        for layer, record in routing.items():
+            tokens = len(record.logits)
+            mask_T = token_values(batch.mask, tokens)
+            self._p[layer].append(record.probs[mask_T].cpu())
+            self._ids[layer].append(record.ids[mask_T].cpu())
+            self._domains[layer].append(token_values(batch.domains, tokens)[mask_T].cpu())
+            self._documents[layer].append(token_values(batch.documents, tokens)[mask_T].cpu())
+
+    def layers(self, num_domains: int) -> dict[str, dict[str, float]]:
+        """Return the scalars of every layer: those of ``routing_scalars``, and ``fsi_domain`` with its null.
+
+        ``fsi_domain_null`` is the 95% quantile of 200 shuffles of the labels by document: what is above it is
+        specialization on content.
+        """
+        result = {}
+        for layer in self._p:
+            p_TE, ids_TK = torch.cat(self._p[layer]), torch.cat(self._ids[layer])
+            scalars = {name: float(value) for name, value in routing_scalars(p_TE, ids_TK).items()}
+            domains_T, documents_T = torch.cat(self._domains[layer]), torch.cat(self._documents[layer])
+            result[layer] = scalars | _domain_scalars(p_TE, domains_T, documents_T, num_domains)
+        return result
+
+
+def _domain_scalars(p_TE: Tensor, domains_T: Tensor, documents_T: Tensor, num_domains: int) -> dict[str, float]:
+    seen_N, index_T = documents_T.unique(return_inverse=True)
+    sums_NE, tokens_N = domain_sums(p_TE, index_T, len(seen_N))
+    domains_N = torch.zeros(len(seen_N), dtype=torch.long).scatter(0, index_T, domains_T)
+    null = fsi_domain_null(
+        sums_NE, tokens_N, domains_N, num_domains, generator=torch.Generator().manual_seed(0)
+    )
+    return {
+        "fsi_domain": float(fsi_domain_from_sums(*domain_sums(p_TE, domains_T, num_domains))),
+        "fsi_domain_null": float(null.quantile(0.95)),
+    }

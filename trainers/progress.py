@@ -1,0 +1,123 @@
+"""The progress of a run for a person: a live bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+#: Smoothing of the tokens per second shown, per step.
+SMOOTHING = 0.1
+
+
+class Progress(Protocol):
+    """What the training loop tells: a context in which ``update`` is called once a step."""
+
+    def __enter__(self) -> Progress:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End, whatever happened."""
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Show that ``step`` steps are done and what the last one found."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Silent:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+
+class Lines(Silent):
+    """Prints a line every ``seconds`` seconds and at the last step: for output that is not a terminal.
+
+    Args:
+        steps: steps of the whole run.
+        seconds: between lines.
+    """
+
+    def __init__(self, steps: int, seconds: float = 10.0) -> None:
+        self._steps, self._seconds = steps, seconds
+        self._next = 0.0
+        self._speed = _Speed()
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Print a line if it is time."""
+        fields = _fields(scalars, self._speed)
+        if time.monotonic() >= self._next or step == self._steps:
+            self._next = time.monotonic() + self._seconds
+            print(f"step {step}/{self._steps}  {fields}", flush=True)
+
+
+class Bar(Silent):
+    """A live bar with the loss, tokens a second, FSI and dead experts.
+
+    Args:
+        steps: steps of the whole run.
+        done: steps done before (of a resumed run).
+    """
+
+    def __init__(self, steps: int, done: int = 0) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[s]}")
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=done, s="")
+        self._speed = _Speed()
+
+    def __enter__(self) -> Bar:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step, s=_fields(scalars, self._speed))
+
+
+def for_terminal(steps: int, done: int = 0) -> Progress:
+    """Return a live bar if the output is a terminal, else lines."""
+    from rich.console import Console
+
+    return Bar(steps, done) if Console().is_terminal else Lines(steps)
+
+
+class _Speed:
+    """Tokens a second, smoothed over steps."""
+
+    def __init__(self) -> None:
+        self._seconds_per_token: float | None = None
+
+    def __call__(self, tokens_per_second: float) -> float:
+        latest, former = 1 / tokens_per_second, self._seconds_per_token
+        self._seconds_per_token = latest if former is None else former + SMOOTHING * (latest - former)
+        return 1 / self._seconds_per_token
+
+
+def _fields(scalars: Mapping[str, float], speed: _Speed) -> str:
+    return (
+        f"loss {scalars['train/loss']:.3f}  {speed(scalars['train/tokens_per_second']):,.0f} tokens/s  "
+        f"FSI {scalars.get('geometry/fsi', 0.0):.3f}  dead {scalars.get('geometry/dead_experts', 0.0):.0f}"
+    )

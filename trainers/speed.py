@@ -1,0 +1,188 @@
+"""How fast is it? `python -m trainers.speed` prints one table, every ratio measured side by side in one run.
+
+A ratio is (their time) / (our time), so 2.00 means that ours is twice as fast. Times vary by tens of percent
+between moments of a shared machine; the two sides of one pair follow each other within milliseconds, so the ratio of
+a pair does not, and the table gives the median over pairs and their range.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import moegeo_router as mg
+from trainers.models.experts import SwiGLUExperts
+
+TOKENS, DIM, HIDDEN, TOP_K = 4096, 128, 256, 2
+SAMPLE_SECONDS = 0.02  # a sample repeats a short call until it lasts so long: timer and launch noise below 1%
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two ways of doing the same work.
+
+    Args:
+        name: what the row is called.
+        ours: does the work once, our way.
+        theirs: does the work once, the other way.
+        goal: the least ratio (their time) / (our time) wanted; None, there is no goal.
+    """
+
+    name: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    goal: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What the pairs of one comparison gave.
+
+    Args:
+        comparison: what was compared.
+        ours: seconds of one call, one for each pair.
+        theirs: likewise.
+    """
+
+    comparison: Comparison
+    ours: tuple[float, ...]
+    theirs: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """(their time) / (our time) of every pair."""
+        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median of `ratios`."""
+        return statistics.median(self.ratios)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal was reached; None without a goal."""
+        goal = self.comparison.goal
+        return None if goal is None else self.ratio >= goal
+
+
+def measure(comparison: Comparison, repeats: int, synchronize: Callable[[], None]) -> Measurement:
+    """Time both sides in turn, A B B A A B …, so that neither has the better moments or the warmer cache.
+
+    Args:
+        comparison: what to compare.
+        repeats: pairs, at least 1.
+        synchronize: waits until the device has finished; does nothing on a CPU.
+
+    Returns:
+        The seconds of one call of each side in each pair.
+
+    Raises:
+        ValueError: repeats below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    for side in (comparison.ours, comparison.theirs):  # warm up, twice: the first backward also allocates
+        _seconds(side, 2, synchronize)
+    calls = max(1, round(SAMPLE_SECONDS / _seconds(comparison.theirs, 1, synchronize)))
+    ours: list[float] = []
+    theirs: list[float] = []
+    turns = [(comparison.ours, ours), (comparison.theirs, theirs)]
+    for _ in range(repeats):
+        for side, times in turns:
+            times.append(_seconds(side, calls, synchronize))
+        turns.reverse()
+    return Measurement(comparison=comparison, ours=tuple(ours), theirs=tuple(theirs))
+
+
+def _seconds(call: Callable[[], object], calls: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def compare_router(device: torch.device, num_experts: int = 8) -> Comparison:
+    """Forward of a geometrized `nn.Linear` router against the same router left alone."""
+    plain = nn.ModuleDict({"router": nn.Linear(DIM, num_experts, bias=False)}).to(device)
+    ours = copy.deepcopy(plain)
+    mg.geometrize(ours)
+    x_TD = torch.randn(TOKENS, DIM, device=device)
+    return Comparison(
+        name=f"router forward, {num_experts} experts: geometrized / nn.Linear",
+        ours=lambda: ours["router"](x_TD),
+        theirs=lambda: plain["router"](x_TD),
+        goal=0.95,
+    )
+
+
+def compare_experts(device: torch.device, num_experts: int, goal: float | None) -> Comparison:
+    """Forward and backward of the expert layer against the plain loop over experts, at a random routing."""
+    experts = {compute: SwiGLUExperts(num_experts, DIM, HIDDEN, compute).to(device) for compute in ("auto", "loop")}
+    x_TD = torch.randn(TOKENS, DIM, device=device, requires_grad=True)
+    logits_TE = torch.randn(TOKENS, num_experts, device=device)
+    weights_TK, ids_TK = (t.detach() for t in logits_TE.softmax(dim=-1).topk(TOP_K))
+    gradient_TD = torch.randn_like(x_TD)
+
+    def work(layer: SwiGLUExperts) -> Callable[[], tuple[Tensor, ...]]:
+        inputs = (x_TD, weights_TK.clone().requires_grad_(), *layer.parameters())
+        return lambda: torch.autograd.grad(layer(x_TD, inputs[1], ids_TK), inputs, gradient_TD)
+
+    return Comparison(
+        name=f"expert layer forward + backward, {num_experts} experts: sorted / plain loop",
+        ours=work(experts["auto"]),
+        theirs=work(experts["loop"]),
+        goal=goal,
+    )
+
+
+def comparisons(device: torch.device) -> list[Comparison]:
+    """All rows of the table, in order."""
+    return [
+        compare_router(device),
+        compare_experts(device, 8, goal=None),
+        compare_experts(device, 32, goal=1.5),
+    ]
+
+
+def table(measurements: Iterable[Measurement]) -> str:
+    """The measurements as text: both times in milliseconds, the ratio, its range over pairs, the goal."""
+    lines = [f"{'':<66} {'ours ms':>9} {'theirs ms':>9} {'ratio':>6} {'min..max':>11} {'goal':>6}"]
+    for m in measurements:
+        ours, theirs = (1e3 * statistics.median(times) for times in (m.ours, m.theirs))
+        spread = f"{min(m.ratios):.2f}..{max(m.ratios):.2f}"
+        goal = "-" if m.comparison.goal is None else f"{m.comparison.goal:.2f}"
+        verdict = {None: "", True: "  met", False: "  MISSED"}[m.met]
+        lines.append(
+            f"{m.comparison.name:<66} {ours:>9.3f} {theirs:>9.3f} {m.ratio:>6.2f} {spread:>11} {goal:>6}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every comparison and print the table.
+
+    Args:
+        arguments: the command line; None for the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainers.speed", description="Speed against plain torch.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (more than 1 needs an idle machine)")
+    parser.add_argument("--repeats", type=int, default=20, help="pairs measured per row")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    print(f"ratio = their time / our time; median of {options.repeats} interleaved pairs; {TOKENS} tokens")
+    print(table(measure(comparison, options.repeats, synchronize) for comparison in comparisons(device)))
+
+
+if __name__ == "__main__":
+    main()

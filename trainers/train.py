@@ -1,0 +1,131 @@
+"""Train a mixture-of-experts model: ``python -m trainers.train [router=polar] [data=stdlib] [model=language] …``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import moegeo_router as mg
+from moegeo_router.loggers.jsonl import read_jsonl
+from trainers import build, checkpoint
+from trainers.checkpoint import Checkpoint
+from trainers.data.base import Data
+from trainers.loop import Trainer
+from trainers.progress import for_terminal
+from trainers.report import print_report
+
+#: What may differ between a run and its continuation.
+FREE_KEYS = ("resume", "device", "threads", "logger", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.eval_every")
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(config: DictConfig) -> None:
+    """Run with the composed configuration."""
+    build.run_command(train, config)
+
+
+def train(config: DictConfig) -> None:
+    """Build, resume if there is something to resume, train, and print the final table.
+
+    Raises:
+        ValueError: settings that do not fit each other, or a run folder that holds another run.
+    """
+    directory = Path(config.directory)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    device = build.build_device(config.device)
+    loop = instantiate(config.loop)
+    data: Data = instantiate(config.data)
+    print(data.describe())
+    model = build.build_model(config, data).to(device)
+    optimizers = build.build_optimizers(config, model)
+    saved = _saved_run(directory / "checkpoints", config.resume)
+    if saved is not None:
+        _check_same_run(build.plain(config), saved.meta["config"])
+    _keep_tokenizer(directory, data)
+    logger, how_to_open, run_id = build.build_logger(
+        config,
+        directory,
+        resume_step=None if saved is None else saved.step,
+        run_id=None if saved is None else saved.meta["wandb_run_id"],
+    )
+    exit_code = 1
+    try:
+        meta = {"config": build.plain(config), "wandb_run_id": run_id, "versions": _versions()}
+        trainer = Trainer(model, data, optimizers, loop, logger=logger, directory=directory, device=device, meta=meta)
+        if saved is not None:
+            trainer.restore(saved)
+            print(f"continuing {config.name} after step {saved.step}")
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:,} parameters, {loop.steps} steps, on {device}; run folder {directory}")
+        evaluation = trainer.run(for_terminal(loop.steps, trainer.step))
+        exit_code = 0
+    finally:
+        logger.close(exit_code)
+    print_report(
+        evaluation,
+        data.baseline(),
+        tokens_per_second=_median_speed(directory / "metrics.jsonl"),
+        how_to_open=how_to_open,
+    )
+
+
+def _saved_run(directory: Path, resume: str) -> Checkpoint | None:
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume must be auto or never, got {resume!r}")
+    saved, damaged = checkpoint.latest(directory)
+    for reason in damaged:
+        print(f"damaged checkpoint passed over: {reason}")
+    if resume == "never" and (saved is not None or damaged):
+        raise ValueError(f"resume=never, but {directory} holds checkpoints: take another name=")
+    if saved is None and damaged:
+        raise ValueError(f"every checkpoint in {directory} is damaged: take another name= to start anew")
+    return saved
+
+
+def _check_same_run(config: dict[str, Any], saved: dict[str, Any]) -> None:
+    now, then = _flat(config), _flat(saved)
+    changed = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not any(key == k or key.startswith(f"{k}.") for k in FREE_KEYS)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run folder holds a run with other settings ({'; '.join(changed[:5])}): take another name="
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _keep_tokenizer(directory: Path, data: Data) -> None:
+    tokenizer_json = getattr(data, "tokenizer_json", None)
+    if tokenizer_json is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(tokenizer_json)
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "geoopt")}
+    return versions | {"moegeo_router": mg.__version__}
+
+
+def _median_speed(path: Path) -> float | None:
+    speeds = [row["train/tokens_per_second"] for row in read_jsonl(path) if "train/tokens_per_second" in row]
+    return None if not speeds else sorted(speeds)[len(speeds) // 2]
+
+
+if __name__ == "__main__":
+    main()
