@@ -7,16 +7,24 @@ a pair does not, and the table gives the median over pairs and their range.
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import moegeo_router as mg
+from moegeo_router.loggers import NullLogger
+from trainers.data.planted import PlantedText
+from trainers.loop import LoopConfig, Trainer
 from trainers.models.experts import SwiGLUExperts
+from trainers.models.language import LanguageModel
+from trainers.optimizers import riemannian
+from trainers.plain import PlainLanguageModel, plain_step
 
 TOKENS, DIM, HIDDEN, TOP_K = 4096, 128, 256, 2
 SAMPLE_SECONDS = 0.02  # a sample repeats a short call until it lasts so long: timer and launch noise below 1%
@@ -142,12 +150,38 @@ def compare_experts(device: torch.device, num_experts: int, goal: float | None) 
     )
 
 
+def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
+    """A step of the demo model by our trainer (geometry, metrics, clipping, penalty) against the plain-torch twin's."""
+    data = PlantedText(alphabet=255, documents=200, batch_size=batch_size)
+    model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), length=data.length)
+    twin = PlainLanguageModel(data.vocab_size, length=data.length)
+    twin.load_state_dict({name.removeprefix("trunk."): value for name, value in model.state_dict().items()})
+    trainer = Trainer(
+        model.to(device),
+        data,
+        riemannian(model),
+        LoopConfig(),
+        logger=NullLogger(),
+        directory=Path(),
+        device=device,
+    )
+    batch, step = data.train_batch(0), plain_step(twin.to(device))
+    inputs_BL, targets_BL = batch.inputs.to(device), batch.targets.to(device)
+    return Comparison(
+        name=f"training step of the demo model, {batch_size}x{data.length} tokens: ours / plain torch",
+        ours=lambda: trainer.train_step(batch),
+        theirs=lambda: step(inputs_BL, targets_BL),
+        goal=0.9,
+    )
+
+
 def comparisons(device: torch.device) -> list[Comparison]:
     """All rows of the table, in order."""
     return [
         compare_router(device),
         compare_experts(device, 8, goal=None),
         compare_experts(device, 32, goal=1.5),
+        compare_training(device),
     ]
 
 

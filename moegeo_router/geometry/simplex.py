@@ -174,8 +174,8 @@ def frechet_mean(
 ) -> Tensor:
     """Return the Fréchet mean ``argmin_m Σ_t w_t d(m, p_t)²`` over the second-to-last dimension.
 
-    Starts from the extrinsic mean ``normalize(Σ w_t √p_t)²`` and iterates ``m ← exp_m(s / κ)``: ``s = Σ w_t log_m p_t``,
-    κ the curvature of the objective along s. Inside the positive orthant the mean exists and is unique. Unit steps
+    Starts from the extrinsic mean ``normalize(Σ w_t √p_t)²`` and iterates ``m ← exp_m(s / κ)``, ``s = Σ w_t log_m p_t``
+    and κ the curvature of the objective along s. Inside the positive orthant the mean exists and is unique. Unit steps
     (κ = 1) descend too, but crawl where tokens are decisive: 100 are not enough at E = 256, where this takes about ten.
     The result carries no gradient: that of a stopped iteration is not the mean's.
 

@@ -121,7 +121,9 @@ def test_the_bias_chooses_and_does_not_weigh(scores):
     gating = topk_gating(logits, 2, scores=scores, selection_bias=bias)
     native = native_scores(logits[0].tolist(), scores)
     assert gating.ids.tolist() == [[3, 0]]
-    assert gating.weights[0].tolist() == pytest.approx([native[3] / (native[0] + native[3]), native[0] / (native[0] + native[3])])
+    assert gating.weights[0].tolist() == pytest.approx(
+        [native[3] / (native[0] + native[3]), native[0] / (native[0] + native[3])]
+    )
     assert not gating.weights.requires_grad
     torch.testing.assert_close(gating.probs, routing_probabilities(logits, scores), rtol=1e-12, atol=0)
 

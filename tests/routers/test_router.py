@@ -348,7 +348,9 @@ def test_bad_input(manifold):
 
 
 def test_bad_manifolds():
-    with pytest.raises(ValueError, match="manifold must be 'polar', 'sphere', 'orthonormal' or 'euclidean', got 'torus'"):
+    with pytest.raises(
+        ValueError, match="manifold must be 'polar', 'sphere', 'orthonormal' or 'euclidean', got 'torus'"
+    ):
         GeometricRouter(D, E, manifold="torus")
     with pytest.raises(ValueError, match=r"num_experts <= in_features, got 4 > 3$"):
         GeometricRouter(3, 4, manifold="orthonormal")
