@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -29,6 +30,29 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
+def build(config: DictConfig, group: str) -> Any:
+    """Return what the group's ``_target_`` makes of its keys.
+
+    Raises:
+        ValueError: a number, text or switch where its signature wants another; YAML itself has no types.
+    """
+    parameters = inspect.signature(get_object(config[group]._target_)).parameters
+    for key, value in config[group].items():
+        if key in parameters:
+            _check_type(f"{group}.{key}", value, parameters[key].annotation)
+    return instantiate(config[group])
+
+
+def _check_type(name: str, value: object, annotation: object) -> None:
+    # As text, because a module's annotations may be text, of names that only a type checker imports.
+    declared = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    expected, got = set(declared.split(" | ")), type(value).__name__.removesuffix("Type")
+    if expected <= {"int", "float", "bool", "str", "None"} and got not in expected:
+        if got == "int" and "float" in expected:
+            return
+        raise ValueError(f"{name} must be {declared.replace('None', 'null').replace(' | ', ' or ')}, got {value!r}")
+
+
 def build_device(name: str) -> torch.device:
     """Return the device called ``name``; ``"auto"`` is the accelerator if there is one.
 
@@ -41,6 +65,8 @@ def build_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}: this machine has no CUDA device")
     return device
@@ -52,12 +78,12 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
     Raises:
         ValueError: the model and the data are for different tasks, or sizes do not fit.
     """
-    factory: partial[nn.Module] = instantiate(config.model)
-    router = instantiate(config.router)
-    vision = factory.func is VisionModel
-    if vision != (data.task == "vision"):
+    vision = get_object(config.model._target_) is VisionModel
+    if vision != (data.task == "vision"):  # asked first: the model's keys may refer to those of its data
         wanted = "vision, e.g. data=digits" if vision else "language, e.g. data=stdlib"
         raise ValueError(f"this model needs data of task {wanted}; {data.name} is of task {data.task}")
+    factory: partial[nn.Module] = build(config, "model")
+    router = build(config, "router")
     if vision:
         images: VisionData = data  # type: ignore[assignment]
         return factory(images.num_classes, images.image_shape, router)
@@ -68,7 +94,7 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
 
 def build_optimizers(config: DictConfig, model: nn.Module) -> list[Optimizer]:
     """Return the optimizers of ``config.optimizer`` for ``model``."""
-    return instantiate(config.optimizer)(model)
+    return build(config, "optimizer")(model)
 
 
 def build_logger(
@@ -86,28 +112,35 @@ def build_logger(
         The logger, lines that say how to open the logs, and wandb's run id.
     """
     path = directory / "metrics.jsonl"
-    loggers: list[Logger] = [JSONLLogger(path, resume_step=resume_step)]
+    jsonl_logger = JSONLLogger(path, resume_step=resume_step)
     how_to_open = [f"{path}: one JSON object a step"]
     if config.logger.wandb == "disabled":
-        return loggers[0], how_to_open, run_id
-    wandb_logger = WandbLogger(
-        project=config.logger.project,
-        name=config.name,
-        directory=directory,
-        config=plain(config),
-        mode=config.logger.wandb,
-        run_id=run_id,
-    )
-    return MultiLogger([*loggers, wandb_logger]), [*how_to_open, wandb_logger.how_to_open], wandb_logger.run_id
+        return jsonl_logger, how_to_open, run_id
+    try:
+        wandb_logger = WandbLogger(
+            project=config.logger.project,
+            name=config.name,
+            directory=directory,
+            config=plain(config),
+            mode=config.logger.wandb,
+            run_id=run_id,
+        )
+    except BaseException:
+        jsonl_logger.close(exit_code=1)
+        raise
+    return MultiLogger([jsonl_logger, wandb_logger]), [*how_to_open, wandb_logger.how_to_open], wandb_logger.run_id
 
 
 def run_command(main: Callable[[DictConfig], None], config: DictConfig) -> None:
     """Run ``main`` and turn what a user can cause into one clear line on stderr and an exit status.
 
-    Exit status 2: a wrong setting or file; 3: NaN or inf (saved); 130: stopped by the user (saved).
+    Exit status 2: a wrong setting or file; 3: NaN or inf (saved); 130: stopped by the user (saved, if it was the
+    first Ctrl-C of the training).
     """
     try:
         main(config)
+    except KeyboardInterrupt:
+        _leave("interrupted; what was saved before is intact", 130)
     except Interrupted as error:
         _leave(f"{error}. The same command with name={config.name} continues.", 130)
     except NonFiniteError as error:
@@ -120,9 +153,11 @@ def run_command(main: Callable[[DictConfig], None], config: DictConfig) -> None:
     except (ValueError, OSError, ImportError, OmegaConfBaseException) as error:
         if os.environ.get("MOEGEO_TRACEBACK"):
             raise
-        _leave(str(error), 2)
+        # OmegaConf appends the key's type and its parents' in lines of their own.
+        _leave(str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error), 2)
 
 
 def _leave(message: str, status: int) -> None:
-    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    line = " ".join(message.split())
+    print(f"error: {line}" if status == 2 else line, file=sys.stderr)
     sys.exit(status)

@@ -141,6 +141,28 @@ def latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state dict so that it goes on bit for bit.
+
+    Optimizers that count their steps in a Python int (geoopt's RiemannianAdam) get a float32 tensor from torch's own
+    `load_state_dict`, and other last bits in the bias correction 1 - beta^step; here the numbers stay as saved.
+
+    Args:
+        optimizer: over the same parameters in the same groups as the one that was saved.
+        state: its `state_dict()`.
+
+    Raises:
+        ValueError: the groups do not fit (from torch).
+    """
+    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for key, value in state["state"].get(name, {}).items():
+            if not isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value
+
+
 def _check(checkpoint: Checkpoint, keep: int) -> None:
     step = checkpoint.step
     if type(step) is not int or step < 0:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainers import build, checkpoint
-from trainers.data.base import Data
+from trainers.data.base import Data, require_integer
 from trainers.evaluation import evaluate
 from trainers.report import print_report
 
@@ -30,7 +29,7 @@ def evaluate_run(config: DictConfig) -> None:
     """
     run = Path(config.run)
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(require_integer("threads", config.threads, 1))
     saved, damaged = checkpoint.latest(run / "checkpoints")
     for reason in damaged:
         print(f"damaged checkpoint passed over: {reason}")
@@ -41,16 +40,17 @@ def evaluate_run(config: DictConfig) -> None:
         # The model's own tokenizer and window, whatever the data's defaults are.
         if "tokenizer" in config.data and (run / "tokenizer.json").is_file():
             config.data.tokenizer = str(run / "tokenizer.json")
-        if "length" in config.data:
+        if "length" in config.data and "length" in trained.data:
             config.data.length = trained.data.length
     device = build.build_device(config.device)
-    data: Data = instantiate(config.data)
+    data: Data = build.build(config, "data")
     print(data.describe())
     model = build.build_model(trained, data)
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
-        raise ValueError(f"the model of {run} does not fit data={data.name}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the model of {run} does not fit data={data.name}: {reason}") from None
     evaluation = evaluate(model.to(device), data, device, trained.loop.precision)
     print(f"{run} after step {saved.step}, on {data.name}")
     print_report(evaluation, None, tokens_per_second=None, how_to_open=[])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainers.data.base import Batch, Data
 from trainers.models.moe import ModelOutput
-from trainers.observation import RoutingRecord
+from trainers.observation import RoutingRecord, over_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class Evaluation:
     layers: dict[str, dict[str, float]]
 
     def scalars(self, per_layer: bool = False) -> dict[str, float]:
-        """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (means over layers)."""
+        """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (``over_layers``)."""
         flat = {"valid/loss": self.loss, "valid/accuracy": self.accuracy}
         if self.bits_per_byte is not None:
             flat["valid/bits_per_byte"] = self.bits_per_byte
         for name in next(iter(self.layers.values()), {}):
             values = [scalars[name] for scalars in self.layers.values()]
-            flat[f"valid/geometry/{name}"] = sum(values) if name == "dead_experts" else sum(values) / len(values)
+            flat[f"valid/geometry/{name}"] = over_layers(name, values)
         if per_layer:
             flat |= {f"valid/domain/{domain}/loss": loss for domain, loss in self.domain_loss.items()}
             flat |= {

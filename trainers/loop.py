@@ -1,11 +1,11 @@
-"""The training loop: one step after the other, watched, saved, and continued after a kill as if nothing had happened."""
+"""The training loop: step after step, watched, saved, and continued after a kill as if nothing had happened."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class LoopConfig:
         fsi_weight: weight of the regularizer Σ_layers fsi², which holds the mean routing near uniform.
         precision: ``"fp32"``, ``"tf32"`` (fp32 with TF32 products on an accelerator) or ``"bf16"`` (autocast).
         eval_every: validate every so many steps; 0: only at the end.
-        checkpoint_every: save every so many steps; 0: only at the end and when stopped.
+        checkpoint_every: save every so many steps; 0: only at the start, the end and when stopped.
         keep_checkpoints: how many checkpoints stay.
         per_layer: also log every layer's scalars.
 
@@ -67,7 +67,7 @@ class LoopConfig:
                 raise ValueError(f"loop.{name} must be at least {least}, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
             raise ValueError(f"loop.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
-        if self.clip_norm <= 0 or self.fsi_weight < 0 or not 0 <= self.final_lr <= 1:
+        if not (self.clip_norm > 0 and self.fsi_weight >= 0 and 0 <= self.final_lr <= 1):
             raise ValueError(
                 "loop needs clip_norm > 0, fsi_weight >= 0 and 0 <= final_lr <= 1, "
                 f"got {self.clip_norm}, {self.fsi_weight} and {self.final_lr}"
@@ -77,7 +77,7 @@ class LoopConfig:
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or inf in a step; the step was not taken."""
+    """NaN or inf in a step, which was not taken, or in the weights after one."""
 
 
 class Interrupted(RuntimeError):
@@ -113,16 +113,17 @@ class Trainer:
         self.model, self.data, self.optimizers, self.config = model, data, list(optimizers), config
         self.logger, self.directory, self.device, self.meta = logger, directory, device, dict(meta or {})
         self.step = 0
-        if config.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
 
     def run(self, progress: Progress) -> Evaluation:
-        """Train to the last step, then evaluate.
+        """Train to the last step, then evaluate; a finished run is only evaluated.
 
         Raises:
-            NonFiniteError: NaN or inf in the loss, a layer's logits or the gradient; the state before it is saved.
+            NonFiniteError: NaN or inf in the loss, a layer's logits, the gradient or the weights; the state is saved.
             Interrupted: asked to stop; the state is saved.
         """
+        if self.step >= self.config.steps:
+            return evaluate(self.model, self.data, self.device, self.config.precision)
         if self.step == 0:
             self.save()  # from here on the folder says what it holds, and a kill before the next save loses little
         with stop_requests() as stop, progress:
@@ -131,19 +132,21 @@ class Trainer:
                 try:
                     scalars = self.train_step(self.data.train_batch(self.step))
                 except NonFiniteError as error:
-                    self._save_non_finite(str(error))
-                    raise
+                    raise self._saved_non_finite(str(error)) from None
                 scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
                 self.logger.log(scalars, self.step)
                 progress.update(self.step, scalars)
-                if self._due(self.config.eval_every) and self.step < self.config.steps:
+                if self.step == self.config.steps:
+                    break
+                if self._due(self.config.eval_every):
                     self._evaluate()
                 if self._due(self.config.checkpoint_every):
                     self.save()
                 if stop.is_set():
                     raise Interrupted(f"stopped after step {self.step}; saved {self.save()}")
-        evaluation = self._evaluate()
-        self.save()
+            evaluation = self._evaluate()
+            # Last: a checkpoint of the last step says that the log is complete.
+            self.save()
         return evaluation
 
     def train_step(self, batch: Batch) -> dict[str, float]:
@@ -167,24 +170,38 @@ class Trainer:
         loss = (target_losses(output, batch) * batch.mask).sum() / batch.mask.sum()
         total = loss + self.config.fsi_weight * fsi_penalty(output.routing, mask)
         total.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         scalars = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
         if not all(map(_is_finite, scalars.values())):
+            place = _non_finite_place(output, scalars, self.model)
             self._zero_grad()
-            raise NonFiniteError(f"{_non_finite_place(output, scalars)} at step {self.step}; the step was not taken")
+            raise NonFiniteError(f"{place} at step {self.step}; the step was not taken")
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         for optimizer in self.optimizers:
             optimizer.step()
         self._zero_grad()
         self.step += 1
-        layers = {
-            name: routing_scalars(_unmasked(r.probs.detach(), mask), _unmasked(r.ids, mask))
-            for name, r in output.routing.items()
+        chosen = {
+            name: (_unmasked(r.probs.detach(), mask), _unmasked(r.ids, mask)) for name, r in output.routing.items()
         }
-        scalars |= {"train/tokens": float(batch.mask.sum()), "train/lr_scale": scale}
+        layers = {name: routing_scalars(probs, ids) for name, (probs, ids) in chosen.items()}
+        # Of an image, the model sees a token a patch.
+        tokens = len(next(iter(chosen.values()))[0])
+        scalars |= {"train/tokens": float(tokens), "train/lr_scale": scale}
         return scalars | summarize(layers, self.config.per_layer)
 
-    def save(self, directory: str = "checkpoints") -> Path:
-        """Save everything a resumed run needs; return the checkpoint's folder."""
+    def save(self) -> Path:
+        """Save everything a resumed run needs; return the checkpoint's folder.
+
+        Raises:
+            NonFiniteError: the weights hold NaN or inf; they are saved, but not where a resumed run looks.
+        """
+        name = _first_non_finite(self.model.named_parameters())
+        if name is not None:
+            raise self._saved_non_finite(f"NaN or inf in {name} after step {self.step}")
+        return self._write("checkpoints")
+
+    def _write(self, folder: str) -> Path:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -194,7 +211,7 @@ class Trainer:
             training={"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": rng},
             meta=self.meta | {"data": self.data.fingerprint},
         )
-        return checkpoints.save(self.directory / directory, state, keep=self.config.keep_checkpoints)
+        return checkpoints.save(self.directory / folder, state, keep=self.config.keep_checkpoints)
 
     def restore(self, state: Checkpoint) -> None:
         """Continue from a checkpoint of the same model, optimizers and data.
@@ -209,9 +226,12 @@ class Trainer:
         try:
             self.model.load_state_dict(state.model)
             for optimizer, saved in zip(self.optimizers, state.training["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                checkpoints.load_optimizer(optimizer, saved)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"the checkpoint of step {state.step} is of another model or optimizer: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the checkpoint of step {state.step} is of another model or optimizer: {reason}"
+            ) from None
         torch.set_rng_state(state.training["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state.training["rng"]:
             torch.cuda.set_rng_state(state.training["rng"]["cuda"], self.device)
@@ -229,11 +249,13 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _save_non_finite(self, reason: str) -> None:
+    def _saved_non_finite(self, reason: str) -> NonFiniteError:
+        """Save the state, log the event, and return the error to raise."""
         # Weights that hold NaN themselves must not become the checkpoint a resumed run starts from.
-        healthy = all(bool(p.isfinite().all()) for p in self.model.parameters())
-        saved = self.save("checkpoints" if healthy else "non_finite")
+        healthy = _first_non_finite(self.model.named_parameters()) is None
+        saved = self._write("checkpoints" if healthy else "non_finite")
         self.logger.event("non_finite", {"reason": reason, "checkpoint": str(saved)}, self.step)
+        return NonFiniteError(f"{reason}; saved {saved}")
 
 
 def fsi_penalty(routing: Mapping[str, Routing], mask: Tensor | None = None) -> Tensor | float:
@@ -257,7 +279,7 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event  # Python delivers signals to the main thread only
         return
-    former = {number: signal.signal(number, request) for number in signals}
+    former: dict[int, Any] = {number: signal.signal(number, request) for number in signals}
     try:
         yield event
     finally:
@@ -273,10 +295,17 @@ def _is_finite(value: float) -> bool:
     return value - value == 0
 
 
-def _non_finite_place(output: ModelOutput, scalars: Mapping[str, float]) -> str:
-    for name, record in output.routing.items():
-        if not bool(record.logits.isfinite().all()):
-            return f"NaN or inf in the router logits of {name}"
+def _first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    return next((name for name, tensor in tensors if not bool(tensor.isfinite().all())), None)
+
+
+def _non_finite_place(output: ModelOutput, scalars: Mapping[str, float], model: nn.Module) -> str:
+    layer = _first_non_finite((name, record.logits) for name, record in output.routing.items())
+    if layer is not None:
+        return f"NaN or inf in the router logits of {layer}"
     if not _is_finite(scalars["train/loss"]):
         return f"the loss is {scalars['train/loss']}, with finite router logits,"
-    return f"the gradient norm is {scalars['train/grad_norm']}, with a finite loss,"
+    name = _first_non_finite((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    if name is not None:
+        return f"the loss is finite, NaN or inf in the gradient of {name}"
+    return f"the gradient norm is {scalars['train/grad_norm']}, with finite gradients,"

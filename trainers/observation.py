@@ -6,7 +6,8 @@ Shape legend: B batch, T tokens of a layer, E experts, K chosen, L layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def routing_scalars(p_TE: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
 
 
 def summarize(layers: Mapping[str, Mapping[str, Tensor]], per_layer: bool = False) -> dict[str, float]:
-    """Return flat keys ``geometry/fsi`` …: the mean over layers, for dead experts the sum, for max_load the largest.
+    """Return flat keys ``geometry/fsi`` …, each ``over_layers``.
 
     Everything is read back at once.
 
@@ -65,11 +66,17 @@ def summarize(layers: Mapping[str, Mapping[str, Tensor]], per_layer: bool = Fals
     flat = {}
     for column, name in enumerate(names):
         values = [row[column] for row in table]
-        reduced = {"dead_experts": sum, "max_load": max}.get(name, lambda v: sum(v) / len(v))(values)
-        flat[f"geometry/{name}"] = reduced
+        flat[f"geometry/{name}"] = over_layers(name, values)
         if per_layer:
             flat |= {f"geometry/{layer}/{name}": value for layer, value in zip(layers, values, strict=True)}
     return flat
+
+
+def over_layers(name: str, values: Sequence[float]) -> float:
+    """Return one number for the layers: the mean, for dead experts the sum, for max_load the largest."""
+    if name == "dead_experts":
+        return sum(values)
+    return max(values) if name == "max_load" else fmean(values)
 
 
 class RoutingRecord:
@@ -110,9 +117,7 @@ def _domain_scalars(p_TE: Tensor, domains_T: Tensor, documents_T: Tensor, num_do
     seen_N, index_T = documents_T.unique(return_inverse=True)
     sums_NE, tokens_N = domain_sums(p_TE, index_T, len(seen_N))
     domains_N = torch.zeros(len(seen_N), dtype=torch.long).scatter(0, index_T, domains_T)
-    null = fsi_domain_null(
-        sums_NE, tokens_N, domains_N, num_domains, generator=torch.Generator().manual_seed(0)
-    )
+    null = fsi_domain_null(sums_NE, tokens_N, domains_N, num_domains, generator=torch.Generator().manual_seed(0))
     return {
         "fsi_domain": float(fsi_domain_from_sums(*domain_sums(p_TE, domains_T, num_domains))),
         "fsi_domain_null": float(null.quantile(0.95)),

@@ -67,6 +67,7 @@ def riemannian(
             "optimizer=riemannian needs routers on a manifold and this model has none: "
             "take router=polar, or optimizer=adamw for plain routers"
         )
+    _require_non_negative(router_lr=router_lr)
     from geoopt.optim import RiemannianAdam
 
     rest = [p for p in model.parameters() if manifold_of(p) is None]
@@ -74,15 +75,20 @@ def riemannian(
     return [_adamw(rest, lr, betas, weight_decay), RiemannianAdam(routers, lr=router_lr, betas=tuple(router_betas))]
 
 
-def _adamw(
-    parameters: Iterable[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float
-) -> Optimizer:
+def _adamw(parameters: Iterable[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
+    _require_non_negative(lr=lr, weight_decay=weight_decay)
     all_parameters = list(parameters)
     groups = [
         {"params": [p for p in all_parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in all_parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True)  # type: ignore[arg-type]
+
+
+def _require_non_negative(**options: float) -> None:
+    for name, value in options.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: int, final: float) -> float:

@@ -76,7 +76,11 @@ class Bar(Silent):
         from rich.progress import Progress as RichProgress
 
         self._bar = RichProgress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[s]}")
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[s]}"),
         )
         self._task = self._bar.add_task("training", total=steps, completed=done, s="")
         self._speed = _Speed()

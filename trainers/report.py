@@ -33,18 +33,19 @@ def print_report(
     from rich.table import Table
 
     console = Console()
-    table = Table(title="routing on the held-out split", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer")
+    table = Table(title="routing on the held-out split", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("layer", no_wrap=True)
     for header, _ in COLUMNS:
         table.add_column(header, justify="right", no_wrap=True)
     for layer, scalars in evaluation.layers.items():
         table.add_row(layer, *(_cell(key, scalars[key]) for _, key in COLUMNS))
     console.print(table)
     for line in _lines(evaluation, baseline, tokens_per_second):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
-        "FSI, dispersion and information are shares of their maximum; fsi_domain is in radians, its null the 95% quantile\n"
-        "of 200 shuffles of the domain labels by document; max load 1 is balanced; dead: experts under a tenth of 1/E",
+        "FSI, dispersion and information are shares of their maximum; fsi_domain is in radians, its null the\n"
+        "95% quantile of 200 shuffles of the domain labels by document; max load 1 is balanced; dead: experts\n"
+        "under a tenth of 1/E",
         style="dim",
         soft_wrap=True,
         highlight=False,

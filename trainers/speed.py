@@ -23,11 +23,12 @@ from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig, Trainer
 from trainers.models.experts import SwiGLUExperts
 from trainers.models.language import LanguageModel
+from trainers.models.transformer import SwiGLU
 from trainers.optimizers import riemannian
 from trainers.plain import PlainLanguageModel, plain_step
 
 TOKENS, DIM, HIDDEN, TOP_K = 4096, 128, 256, 2
-SAMPLE_SECONDS = 0.02  # a sample repeats a short call until it lasts so long: timer and launch noise below 1%
+SAMPLE_SECONDS = 0.1  # one side of a pair is the mean over as many calls, taking turns with the other's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,25 +96,28 @@ def measure(comparison: Comparison, repeats: int, synchronize: Callable[[], None
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     for side in (comparison.ours, comparison.theirs):  # warm up, twice: the first backward also allocates
-        _seconds(side, 2, synchronize)
-    calls = max(1, round(SAMPLE_SECONDS / _seconds(comparison.theirs, 1, synchronize)))
+        side()
+        side()
+    calls = max(1, round(SAMPLE_SECONDS / _seconds(comparison.theirs, synchronize)))
     ours: list[float] = []
     theirs: list[float] = []
     turns = [(comparison.ours, ours), (comparison.theirs, theirs)]
     for _ in range(repeats):
-        for side, times in turns:
-            times.append(_seconds(side, calls, synchronize))
-        turns.reverse()
+        for _, times in turns:
+            times.append(0.0)
+        for _ in range(calls):
+            for side, times in turns:
+                times[-1] += _seconds(side, synchronize) / calls
+            turns.reverse()
     return Measurement(comparison=comparison, ours=tuple(ours), theirs=tuple(theirs))
 
 
-def _seconds(call: Callable[[], object], calls: int, synchronize: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
     synchronize()
     start = time.perf_counter()
-    for _ in range(calls):
-        call()
+    call()
     synchronize()
-    return (time.perf_counter() - start) / calls
+    return time.perf_counter() - start
 
 
 def compare_router(device: torch.device, num_experts: int = 8) -> Comparison:
@@ -130,22 +134,50 @@ def compare_router(device: torch.device, num_experts: int = 8) -> Comparison:
     )
 
 
-def compare_experts(device: torch.device, num_experts: int, goal: float | None) -> Comparison:
-    """Forward and backward of the expert layer against the plain loop over experts, at a random routing."""
-    experts = {compute: SwiGLUExperts(num_experts, DIM, HIDDEN, compute).to(device) for compute in ("auto", "loop")}
+class ModuleListExperts(nn.Module):
+    """A competent loop over experts with weights of their own, as many code bases have it; no stacked gradient."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(SwiGLU(DIM, HIDDEN) for _ in range(num_experts))
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Return the gated sum of each token's experts, (T, D)."""
+        y_TD = torch.zeros_like(x_TD)
+        for index, expert in enumerate(self.experts):
+            rows, slots = (ids_TK == index).nonzero(as_tuple=True)
+            y_TD.index_add_(0, rows, expert(x_TD.index_select(0, rows)) * weights_TK[rows, slots, None])
+        return y_TD
+
+
+def compare_experts(device: torch.device, num_experts: int, theirs: str, goal: float | None) -> Comparison:
+    """Forward and backward of the expert layer against a loop over experts, at a random routing.
+
+    Args:
+        device: where.
+        num_experts: E.
+        theirs: "loop" is the plain loop over the same stacked weights, "modules" one over separate modules.
+        goal: see `Comparison`.
+    """
+    layer = SwiGLUExperts(num_experts, DIM, HIDDEN).to(device)
+    if theirs == "loop":
+        other: nn.Module = SwiGLUExperts(num_experts, DIM, HIDDEN, "loop").to(device)
+        other.load_state_dict(layer.state_dict())
+    else:
+        other = ModuleListExperts(num_experts).to(device)
     x_TD = torch.randn(TOKENS, DIM, device=device, requires_grad=True)
     logits_TE = torch.randn(TOKENS, num_experts, device=device)
     weights_TK, ids_TK = (t.detach() for t in logits_TE.softmax(dim=-1).topk(TOP_K))
     gradient_TD = torch.randn_like(x_TD)
 
-    def work(layer: SwiGLUExperts) -> Callable[[], tuple[Tensor, ...]]:
+    def work(layer: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
         inputs = (x_TD, weights_TK.clone().requires_grad_(), *layer.parameters())
         return lambda: torch.autograd.grad(layer(x_TD, inputs[1], ids_TK), inputs, gradient_TD)
 
     return Comparison(
-        name=f"expert layer forward + backward, {num_experts} experts: sorted / plain loop",
-        ours=work(experts["auto"]),
-        theirs=work(experts["loop"]),
+        name=f"expert layer forward + backward, {num_experts} experts: sorted / {theirs}",
+        ours=work(layer),
+        theirs=work(other),
         goal=goal,
     )
 
@@ -179,8 +211,9 @@ def comparisons(device: torch.device) -> list[Comparison]:
     """All rows of the table, in order."""
     return [
         compare_router(device),
-        compare_experts(device, 8, goal=None),
-        compare_experts(device, 32, goal=1.5),
+        compare_experts(device, 8, "loop", goal=None),
+        compare_experts(device, 32, "loop", goal=1.5),
+        compare_experts(device, 32, "modules", goal=None),
         compare_training(device),
     ]
 
@@ -210,6 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (more than 1 needs an idle machine)")
     parser.add_argument("--repeats", type=int, default=20, help="pairs measured per row")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)

@@ -8,20 +8,32 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import moegeo_router as mg
 from moegeo_router.loggers.jsonl import read_jsonl
 from trainers import build, checkpoint
 from trainers.checkpoint import Checkpoint
-from trainers.data.base import Data
+from trainers.data.base import Data, require_integer
 from trainers.loop import Trainer
 from trainers.progress import for_terminal
 from trainers.report import print_report
 
 #: What may differ between a run and its continuation.
-FREE_KEYS = ("resume", "device", "threads", "logger", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.eval_every")
+FREE_KEYS = (
+    "name",
+    "directory",
+    "resume",
+    "device",
+    "threads",
+    "logger",
+    "loop.checkpoint_every",
+    "loop.keep_checkpoints",
+    "loop.eval_every",
+    # Where the data lie; what they are is in their fingerprint.
+    "data.root",
+    "data.path",
+)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -38,17 +50,20 @@ def train(config: DictConfig) -> None:
     """
     directory = Path(config.directory)
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+        torch.set_num_threads(require_integer("threads", config.threads, 1))
+    torch.manual_seed(require_integer("seed", config.seed, 0))
     device = build.build_device(config.device)
-    loop = instantiate(config.loop)
-    data: Data = instantiate(config.data)
+    loop = build.build(config, "loop")
+    data: Data = build.build(config, "data")
     print(data.describe())
+    baseline = data.baseline()  # before anything is written: it wants a train split, as the run does
     model = build.build_model(config, data).to(device)
     optimizers = build.build_optimizers(config, model)
     saved = _saved_run(directory / "checkpoints", config.resume)
     if saved is not None:
         _check_same_run(build.plain(config), saved.meta["config"])
+        if saved.meta["data"] != data.fingerprint:
+            raise ValueError(f"the run folder holds a run on other data than {data.name} is now: take another name=")
     _keep_tokenizer(directory, data)
     logger, how_to_open, run_id = build.build_logger(
         config,
@@ -71,7 +86,7 @@ def train(config: DictConfig) -> None:
         logger.close(exit_code)
     print_report(
         evaluation,
-        data.baseline(),
+        baseline,
         tokens_per_second=_median_speed(directory / "metrics.jsonl"),
         how_to_open=how_to_open,
     )

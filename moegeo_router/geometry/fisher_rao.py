@@ -47,7 +47,13 @@ class FisherRaoSimplex(Manifold):
         return distance.unsqueeze(-1) if keepdim else distance
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Move from x along u: by the sphere-projection step, or exactly with ``exact=True``."""
+        """Move from x along u: by the sphere-projection step, or exactly with ``exact=True``.
+
+        What u would take from a coordinate that lies on the floor already is left out: a momentum that still points
+        outwards there would otherwise stop all other coordinates too, for as long as it lasts.
+        """
+        on_floor = (x <= 2 * self._floor(x.dtype)) & (u < 0)
+        u = torch.where(on_floor.any(dim=-1, keepdim=True), self.proju(x, torch.where(on_floor, 0, u)), u)
         return self._stored(simplex.exp_map(x, u) if self.exact else simplex.retract(x, u), x.dtype)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
@@ -117,9 +123,13 @@ class FisherRaoSimplex(Manifold):
 
     @staticmethod
     def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-        # fp16 cannot hold 1e-12: its smallest normal number takes that place.
-        floored = x.clamp_min(max(simplex.FLOOR, torch.finfo(dtype).tiny))
+        floored = x.clamp_min(FisherRaoSimplex._floor(dtype))
         return (floored / floored.sum(dim=-1, keepdim=True)).to(dtype)
+
+    @staticmethod
+    def _floor(dtype: torch.dtype) -> float:
+        # fp16 cannot hold 1e-12: its smallest normal number takes that place.
+        return max(simplex.FLOOR, torch.finfo(dtype).tiny)
 
 
 def _shape(size: tuple[int, ...] | tuple[tuple[int, ...]]) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ class WandbLogger:
         self._run.log({"step": step, f"event/{kind}": 1, **row})
 
     def close(self, exit_code: int = 0) -> None:
-        """End the run; wandb marks it failed when the exit code is not 0."""
+        """End the run, failed if the exit code is not 0; wandb's service may write its last rows a moment later."""
         self._run.finish(exit_code=exit_code)
 
     @property

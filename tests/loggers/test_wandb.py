@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moegeo_router.loggers import JSONLLogger, MultiLogger, WandbLogger, read_jsonl
-from tests.support.wandb_offline import find_runs, read_run
+from tests.support.wandb_offline import find_runs, read_finished_run
 
 
 class Refusal(http.server.BaseHTTPRequestHandler):
@@ -70,7 +70,7 @@ def start(directory, **kwargs):
 
 def only_run(directory):
     (path,) = find_runs(directory)
-    return read_run(path)
+    return read_finished_run(path)
 
 
 def comparable(row):
@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_its_id_and_may_repeat_steps(tmp_path):
     resumed = start(tmp_path, run_id=logger.run_id)
     resumed.log({"train/loss": 20.0}, 2)
     resumed.close()
-    first, second = (read_run(path) for path in find_runs(tmp_path))
+    first, second = (read_finished_run(path) for path in find_runs(tmp_path))
     assert [row["step"] for row in first.history] == [1, 2, 3, 2]
     assert [row["step"] for row in second.history] == [2]
     assert first.run_id == second.run_id == logger.run_id
@@ -135,7 +135,7 @@ def test_a_run_of_the_users_own_is_left_alone(tmp_path):
     logger.close()
     theirs.log({"theirs": 2.0})
     theirs.finish()
-    histories = [read_run(path).history for path in find_runs(tmp_path)]
+    histories = [read_finished_run(path).history for path in find_runs(tmp_path)]
     assert sorted(histories, key=str) == sorted([[{"step": 0, "ours": 1.0}], [{"theirs": 2.0}]], key=str)
 
 
@@ -176,7 +176,7 @@ def test_a_server_that_refuses_is_told_once_and_the_run_goes_offline(tmp_path, m
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     (offline,) = [path for path in find_runs(tmp_path) if path.parent.name.startswith("offline-run-")]
-    run = read_run(offline)
+    run = read_finished_run(offline)
     assert run.history == [{"step": 1, "train/loss": 0.5}]
     assert run.run_id == logger.run_id
     assert str(offline.parent) in logger.how_to_open

@@ -194,7 +194,7 @@ def test_bad_input():
         fsi_domain(p, domains, 2)
     with pytest.raises(ValueError, match=r"domains must be in 0\.\.2, got -1\.\.2"):
         fsi_domain(p, torch.tensor([-1, 1, 2, 0, 1, 2]))
-    with pytest.raises(ValueError, match="domains must be integers, got torch.float32"):
+    with pytest.raises(ValueError, match="domains must be integers, got torch"):
         fsi_domain(p, domains.float(), 3)
     with pytest.raises(ValueError, match="p must hold distributions"):
         fsi_domain(torch.randn(6, 4), domains)

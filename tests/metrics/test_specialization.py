@@ -236,7 +236,7 @@ def test_expert_counts():
         expert_counts(ids, 3)
     with pytest.raises(ValueError, match=r"ids must be in 0\.\.4, got -1\.\.2"):
         expert_counts(ids - torch.eye(2, dtype=torch.int64)[:, None], 5)
-    with pytest.raises(ValueError, match="ids must be integers, got torch.float32"):
+    with pytest.raises(ValueError, match="ids must be integers, got torch"):
         expert_counts(ids.float(), 5)
 
 
@@ -339,7 +339,7 @@ def test_bad_p(metric):
     with pytest.raises(ValueError, match="p must hold distributions"):
         metric(2 * distributions(3, 4))
     for shape in ((0, 4), (3, 0), (0,), (2, 0, 4)):
-        with pytest.raises(ValueError, match="p must be .* with at least one token and one expert, got"):
+        with pytest.raises(ValueError, match=r"p must be .* with at least one token and one expert, got"):
             metric(torch.ones(shape))
     with pytest.raises(ValueError, match=r"got \(\)"):
         metric(torch.tensor(1.0))

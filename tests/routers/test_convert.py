@@ -202,7 +202,7 @@ def test_cosine_router_in_place_and_back():
     cosine = torch.nn.functional.cosine_similarity(x[:, None], rows[None], dim=-1)
     expected = cosine * math.sqrt(D) * size + bias
     torch.testing.assert_close(gate(x), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="routers gate normalise their input, nn.Linear does not: pass allow_change"):
+    with pytest.raises(ValueError, match=r"routers gate normalise their input, nn\.Linear does not: pass allow_change"):
         export(model)
     assert type(gate) is GeometricRouter
     x = x / x.norm(dim=-1, keepdim=True) * math.sqrt(D)

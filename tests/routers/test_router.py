@@ -298,7 +298,7 @@ def test_to_linear_of_a_cosine_router_agrees_at_norm_root_d():
     x = torch.randn(9, D)
     x = x / x.norm(dim=-1, keepdim=True) * math.sqrt(D)
     torch.testing.assert_close(router.to_linear(allow_change=True)(x), router(x), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="normalises its input, nn.Linear does not: pass allow_change=True"):
+    with pytest.raises(ValueError, match=r"normalises its input, nn\.Linear does not: pass allow_change=True"):
         router.to_linear()
 
 
@@ -356,7 +356,7 @@ def test_bad_manifolds():
         GeometricRouter(3, 4, manifold="orthonormal")
     with pytest.raises(ValueError, match=r"a weight \(4, 1\) does not fit manifold='sphere'"):
         GeometricRouter(1, 4, manifold="sphere")
-    with pytest.raises(TypeError, match="from_linear takes an nn.Linear, got Conv1d"):
+    with pytest.raises(TypeError, match=r"from_linear takes an nn\.Linear, got Conv1d"):
         GeometricRouter.from_linear(nn.Conv1d(1, 1, 1))
     linear = nn.Linear(D, E)
     linear.weight.data[2] = 0

@@ -1,13 +1,14 @@
 """Read an offline run of wandb 0.31 back from its `run-ID.wandb` file, without wandb's own (slow) command.
 
-The file is a LevelDB log behind a 7-byte header: blocks of 32 KiB, in them chunks of (crc32, length, type, data), where a
-record is one full chunk or a first, some middle and a last one. Each record is a protobuf `Record`.
+The file is a LevelDB log behind a 7-byte header: blocks of 32 KiB, in them chunks of (crc32, length, type, data),
+where a record is one full chunk or a first, some middle and a last one. Each record is a protobuf `Record`.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,15 @@ class OfflineRun:
 
 def find_runs(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
+
+
+def read_finished_run(path: Path, timeout_s: float = 10.0) -> OfflineRun:
+    """Read a run that was finished: wandb's service writes the end of the file just after `finish` returned."""
+    deadline = time.monotonic() + timeout_s
+    while (run := read_run(path)).exit_code is None:
+        assert time.monotonic() < deadline, f"{path} did not end within {timeout_s} s"
+        time.sleep(0.01)
+    return run
 
 
 def read_run(path: Path) -> OfflineRun:
@@ -73,6 +83,8 @@ def _records(content: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = CHUNK_HEADER.unpack_from(content, position)
         position += CHUNK_HEADER.size
+        if position + length > len(content):
+            return  # still being written
         parts = (b"" if kind in (FULL, FIRST) else parts) + content[position : position + length]
         position += length
         if kind in (FULL, LAST):

@@ -5,7 +5,21 @@ import time
 import pytest
 import torch
 
-from trainers.speed import Comparison, Measurement, comparisons, main, measure, table
+from trainers import speed
+from trainers.models.experts import SwiGLUExperts
+from trainers.speed import (
+    DIM,
+    HIDDEN,
+    Comparison,
+    Measurement,
+    ModuleListExperts,
+    compare_experts,
+    compare_router,
+    compare_training,
+    main,
+    measure,
+    table,
+)
 
 torch.set_num_threads(1)
 
@@ -52,19 +66,19 @@ def test_short_calls_are_repeated_within_a_sample():
 
     def call() -> None:
         calls.append(1)
-        now[0] += 0.005
+        now[0] += 0.025
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now[0])
         measurement = measure(Comparison(name="row", ours=call, theirs=call), 1, lambda: None)
-    assert len(calls) == 4 + 1 + 2 * 4  # 4 calls of 5 ms make a sample of 20 ms
-    assert measurement.ours == pytest.approx((0.005,))
+    assert len(calls) == 4 + 1 + 2 * 4  # 4 calls of 25 ms make a sample of 100 ms
+    assert measurement.ours == pytest.approx((0.025,))
 
 
-def test_device_is_waited_for_on_both_ends_of_a_sample():
+def test_device_is_waited_for_before_and_after_every_timed_call():
     waits = []
-    measure(Comparison(name="row", ours=lambda: None, theirs=lambda: time.sleep(0.02)), 1, lambda: waits.append(1))
-    assert len(waits) == 2 * (2 + 1 + 2)
+    measure(Comparison(name="row", ours=lambda: None, theirs=lambda: time.sleep(0.1)), 1, lambda: waits.append(1))
+    assert len(waits) == 2 * (1 + 2)
 
 
 def test_no_repeats_is_an_error():
@@ -81,18 +95,51 @@ def test_table_shows_times_ratio_range_and_verdict():
     assert second.split() == ["row", "2.000", "4.000", "2.00", "2.00..2.00", "-"]
 
 
-def test_both_sides_of_every_comparison_compute_the_same():
+def test_both_routers_and_both_expert_layers_compute_the_same():
     torch.manual_seed(0)
-    for comparison in comparisons(torch.device("cpu")):
-        ours, theirs = comparison.ours(), comparison.theirs()
-        shapes = [t.shape for t in (ours if isinstance(ours, tuple) else (ours,))]
-        assert shapes == [t.shape for t in (theirs if isinstance(theirs, tuple) else (theirs,))]
-        if comparison.name.startswith("router"):
-            assert torch.equal(ours, theirs)
+    router = compare_router(torch.device("cpu"))
+    assert torch.equal(router.ours(), router.theirs())
+    experts = compare_experts(torch.device("cpu"), 3, "loop", goal=None)
+    for ours, theirs in zip(experts.ours(), experts.theirs(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_command_prints_every_row(capsys):
+def test_separate_experts_compute_the_same():
+    torch.manual_seed(0)
+    stacked, separate = SwiGLUExperts(3, DIM, HIDDEN), ModuleListExperts(3)
+    with torch.no_grad():
+        for index, expert in enumerate(separate.experts):
+            for name in ("w_gate", "w_up", "w_down"):
+                getattr(expert, name).weight.copy_(getattr(stacked, name)[index].T)
+    x_TD = torch.randn(7, DIM)
+    weights_TK, ids_TK = torch.rand(7, 2), torch.tensor([[0, 1], [2, 0]] * 3 + [[1, 2]])
+    torch.testing.assert_close(separate(x_TD, weights_TK, ids_TK), stacked(x_TD, weights_TK, ids_TK))
+
+
+def test_both_training_steps_start_from_the_same_loss():
+    torch.manual_seed(0)
+    comparison = compare_training(torch.device("cpu"), batch_size=1)
+    assert comparison.ours()["train/loss"] == pytest.approx(comparison.theirs().item(), abs=1e-5)
+
+
+def test_command_prints_a_row_for_every_comparison(capsys, monkeypatch):
+    rows = [Comparison(name=name, ours=lambda: None, theirs=lambda: time.sleep(0.1)) for name in ("first", "second")]
+    monkeypatch.setattr(speed, "comparisons", lambda device: rows)
+    main(["--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_command_measures_everything(capsys):
     main(["--repeats", "1"])
     output = capsys.readouterr().out
-    assert "router forward, 8 experts" in output
-    assert "expert layer forward + backward, 32 experts" in output
+    for row in ("router forward, 8 experts", "expert layer forward + backward, 32 experts", "training step"):
+        assert row in output
+
+
+def test_missing_accelerator_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "torch sees no CUDA device" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The baseline against dictionaries, and against the entropy of sources known in closed form."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -13,11 +14,11 @@ from trainers.data.planted import PlantedText
 
 
 def naive(train, inputs, targets, vocab):
-    pairs, singles = Counter(zip(train, train[1:], strict=False)), Counter(train[:-1])
+    pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
     scores = {}
     for alpha in ALPHAS:
         scores[alpha] = 0.0
-        for a, b in zip(train, train[1:], strict=False):
+        for a, b in itertools.pairwise(train):
             scores[alpha] += math.log((pairs[a, b] - 1 + alpha) / (singles[a] - 1 + alpha * vocab))
     alpha = max(ALPHAS, key=lambda alpha: scores[alpha])
     losses = [
@@ -39,6 +40,13 @@ def test_against_dictionaries(monkeypatch, dense_cells, vocab, size):
     assert loss == pytest.approx(expected[0], rel=1e-12)
 
 
+def test_alpha_is_the_leave_one_out_choice():
+    """A text on which forgetting to leave the pair out of its row's total picks another α."""
+    train = [0, 0, 0, 0, 1, 0, 3, 0, 0, 0, 0, 1]
+    assert naive(train, [0], [0], 5)[1] == 0.3
+    assert bigram_loss(torch.tensor(train), torch.tensor([0]), torch.tensor([0]), 5)[1] == 0.3
+
+
 def test_pairs_by_hand():
     pairs, counts = pair_counts(torch.tensor([0, 1, 0, 1, 2], dtype=torch.uint8), 3)
     assert dict(zip(pairs.tolist(), counts.tolist(), strict=True)) == {0 * 3 + 1: 2, 1 * 3 + 0: 1, 1 * 3 + 2: 1}
@@ -51,7 +59,13 @@ def test_bytes_do_not_wrap_around():
 
 def test_reaches_the_entropy_rate_of_one_markov_source():
     data = PlantedText(
-        sources=1, alphabet=8, concentration=0.5, documents=200, document_length=4000, valid_fraction=0.2, valid_tokens=None
+        sources=1,
+        alphabet=8,
+        concentration=0.5,
+        documents=200,
+        document_length=4000,
+        valid_fraction=0.2,
+        valid_tokens=None,
     )
     # What is not a symbol after a symbol: one end and one first symbol in 4,000 tokens.
     assert data.baseline().loss == pytest.approx(data.entropy(), abs=0.01)

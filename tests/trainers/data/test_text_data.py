@@ -1,5 +1,6 @@
 """Windows, labels and splits of text against naive per-token oracles."""
 
+import itertools
 import math
 from dataclasses import fields
 
@@ -94,18 +95,19 @@ def test_the_whole_valid_split_is_shown_once():
         (*labels, target)
         for b in batches
         for *labels, target, real in zip(
-            *(getattr(b, n).flatten().tolist() for n in ("inputs", "domains", "documents", "targets", "mask")), strict=True
+            *(getattr(b, n).flatten().tolist() for n in ("inputs", "domains", "documents", "targets", "mask")),
+            strict=True,
         )
         if real
     ]
-    assert pairs == [(*here, after[0]) for here, after in zip(stream, stream[1:], strict=False)]
+    assert pairs == [(*here, after[0]) for here, after in itertools.pairwise(stream)]
 
 
 def test_padding_is_masked_and_zero():
-    made = data()
+    made = data(length=15)
     last = list(made.valid_batches())[-1]
     total = sum(len(d.data) + 1 for d in documents(14, prefix="v")) - 1
-    assert 0 < int(last.mask.sum()) < 64
+    assert 0 < int(last.mask.sum()) < 15 + 15
     assert sum(int(b.mask.sum()) for b in made.valid_batches()) == total
     for name in NAMES:
         assert not getattr(last, name)[~last.mask].any()
@@ -113,7 +115,9 @@ def test_padding_is_masked_and_zero():
 
 def test_valid_is_the_same_every_time():
     made = data(valid_tokens=40)
-    assert all(equal(a, b) for a, b in zip(made.valid_batches(), data(valid_tokens=40, seed=9).valid_batches(), strict=True))
+    assert all(
+        equal(a, b) for a, b in zip(made.valid_batches(), data(valid_tokens=40, seed=9).valid_batches(), strict=True)
+    )
     assert all(equal(a, b) for a, b in zip(made.valid_batches(), made.valid_batches(), strict=True))
 
 
@@ -153,7 +157,7 @@ def test_the_baseline_is_on_the_targets_shown():
     baseline = made.baseline()
     alpha = float(baseline.name.removeprefix("bigram, add-"))
     stream = [token for token, _, _ in oracle(documents(60), ["alpha", "beta", "gamma"])]
-    pairs = list(zip(stream, stream[1:], strict=False))
+    pairs = list(itertools.pairwise(stream))
     losses = [
         -math.log((pairs.count((a, b)) + alpha) / (stream[:-1].count(a) + alpha * 256))
         for batch in made.valid_batches()
@@ -168,15 +172,21 @@ def test_the_fingerprint_changes_with_content_only():
     assert {data(seed=5).fingerprint, data(batch_size=2, length=8, valid_tokens=32).fingerprint} == {base}
     train, valid = documents(60), documents(14, prefix="v")
     changed = [Document("x" + str(train[0].text)[1:], train[0].domain, train[0].name), *train[1:]]
-    moved = [Document(train[0].text, "beta2", train[0].name), *train[1:]]
+    moved = [Document(train[0].text, train[1].domain, "0 moved"), *train[1:]]
     merged = [Document(f"{train[0].text}{train[1].text}", train[0].domain, "m"), *train[2:]]
-    others = [TextData("toy", t, v, length=16) for t, v in ((changed, valid), (moved, valid), (merged, valid), (train, valid[1:]))]
+    others = [
+        TextData("toy", t, v, length=16)
+        for t, v in ((changed, valid), (moved, valid), (merged, valid), (train, valid[1:]))
+    ]
     assert len({base, *(other.fingerprint for other in others)}) == 5
 
 
 def test_data_without_train():
     made = TextData("wikitext2", None, documents(14), length=16)
-    message = "wikitext2 has no train split: train with data=enwiki, then `python -m trainers.evaluate run=RUN data=wikitext2`"
+    message = (
+        "wikitext2 has no train split: train with data=enwiki, then "
+        "`python -m trainers.evaluate run=RUN data=wikitext2`"
+    )
     for call in (lambda: made.train_batch(0), made.baseline):
         with pytest.raises(ValueError, match="no train split") as error:
             call()

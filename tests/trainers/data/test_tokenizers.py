@@ -21,7 +21,8 @@ def test_bpe_is_lossless_and_shorter():
     for text in (*TEXTS, "unseen: ∀ 日本 \t\r\n".encode()):
         ids = bpe.encode(text)
         assert bpe._bpe.decode(ids.tolist()).encode() == text
-        assert 0 <= int(ids.min()) and int(ids.max()) < bpe.end_of_document == 279
+        assert int(ids.min()) >= 0
+        assert int(ids.max()) < bpe.end_of_document == 279
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0]) / 2
 
 
@@ -78,7 +79,7 @@ def test_bad_options(tokenizer, vocab_size, message):
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer: no file .*gone\.json"):
         build_tokenizer(str(tmp_path / "gone.json"), None, TEXTS)
-    with pytest.raises(ValueError, match="expected the JSON of a tokenizer, got '{\"a\": 1}'"):
+    with pytest.raises(ValueError, match=r"expected the JSON of a tokenizer, got '\{"):
         BPETokenizer('{"a": 1}')
     with pytest.raises(ValueError, match="'bpe' is fitted on a train split"):
         build_tokenizer("bpe", 280, None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from trainers.models import LanguageModel
 from trainers.models.moe import MoELayer
-from trainers.models.transformer import Attention, Rotary
+from trainers.models.transformer import Attention, Rotary, SwiGLU
 
 torch.set_num_threads(1)
 
@@ -72,6 +72,13 @@ def test_rotary_angles_by_hand():
     turned = Rotary(8, 4, 1)(torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 8, 4))[0, 0, 7]
     expected = [math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)]
     torch.testing.assert_close(turned, torch.tensor(expected))
+
+
+def test_dense_layer_is_the_swiglu_formula():
+    layer = SwiGLU(6, 10).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    gate, up = x @ layer.w_gate.weight.T, x @ layer.w_up.weight.T
+    torch.testing.assert_close(layer(x), (gate / (1 + torch.exp(-gate)) * up) @ layer.w_down.weight.T)
 
 
 def test_shifting_a_sequence_shifts_causal_attention_of_its_suffix():

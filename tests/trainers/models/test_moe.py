@@ -53,7 +53,10 @@ def test_output_and_gradients_equal_the_dense_mixture(num_experts, top_k, scores
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-7)
     assert routing.logits.shape == (12, num_experts)
     assert routing.ids.shape == routing.weights.shape == (12, top_k)
-    torch.testing.assert_close(routing.logits, x.reshape(-1, 8) @ layer.router.weight.T)
+    z = x.reshape(-1, 8) @ layer.router.weight.T
+    torch.testing.assert_close(routing.logits, z)
+    s = z.exp() if scores == "softmax" else 1 / (1 + (-z).exp())
+    torch.testing.assert_close(routing.probs, s / s.sum(-1, keepdim=True))
 
 
 def test_routing_is_on_the_graph_and_reaches_the_router():
