@@ -34,7 +34,8 @@ class PolarRows(RouterManifold, Manifold):
 
     A zero row has no direction. It stands for a row of norm ``ZERO_ROW_NORM`` in a random direction, drawn from a
     generator with this manifold's ``seed``: the same on every rank, and what the first step starts from. Opposite rows
-    have no unique geodesic: their ``logmap`` and ``transp`` are not defined.
+    have no unique geodesic: their ``logmap`` and ``transp`` are not defined. (``torch.compile`` cannot look for zero
+    rows: call ``projx`` before a compiled step if there may be some.)
 
     Rows are the last dimension; any leading dimensions; half-precision rows are computed in fp32 and rounded once.
 
@@ -222,15 +223,9 @@ class OrthonormalRows(RouterManifold, EuclideanStiefel):
         """Move x along the geodesic of u for unit time."""
         return super().expmap(widen(x).mT, widen(u).mT).mT.to(x.dtype)
 
-    # geoopt pairs these with its own untransposed retr and proju: pair them with ours.
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry v to y by projection on its tangent space."""
         return self.proju(y, v)
-
-    retr_transp = Manifold.retr_transp
-    expmap_transp = Manifold.expmap_transp
-    transp_follow_retr = Manifold.transp_follow_retr
-    transp_follow_expmap = Manifold.transp_follow_expmap
 
     def random(
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object

@@ -45,9 +45,15 @@ def geometrize(
     """
     sites = find_routers(model, select)
     _check_convertible(sites, manifold, allow_change)
+    # All temperatures before any weight changes: routers may share one.
+    cosine = {
+        site.name: GeometricRouter.from_linear(site.module, manifold="sphere", allow_change=True)
+        for site in sites
+        if manifold == "sphere" and type(site.module) is nn.Linear
+    }
     for site in sites:
-        if manifold == "sphere" and type(site.module) is nn.Linear:
-            _make_cosine(site.module)
+        if site.name in cosine:
+            _make_cosine(site.module, cosine[site.name].temperature_logit)
             continue
         put_on_manifold(site.weight, manifold, seed=zlib.crc32(site.name.encode()), allow_change=allow_change)
         if manifold == "polar":
@@ -119,13 +125,12 @@ def _warn_of_zero_rows(site: RouterSite) -> None:
         )
 
 
-def _make_cosine(linear: nn.Module) -> None:
+def _make_cosine(linear: nn.Module, temperature_logit: nn.Parameter) -> None:
     """Turn an ``nn.Linear`` in place into a cosine ``GeometricRouter``; its own weight tensor stays."""
     assert isinstance(linear, nn.Linear)
-    cosine = GeometricRouter.from_linear(linear, manifold="sphere", allow_change=True)
     linear.__class__ = GeometricRouter
     object.__setattr__(linear, "manifold", "sphere")
-    linear.temperature_logit = cosine.temperature_logit
+    linear.temperature_logit = temperature_logit
     put_on_manifold(linear.weight, "sphere", allow_change=True)
 
 

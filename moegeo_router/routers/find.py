@@ -156,6 +156,8 @@ def _site(name: str, module: nn.Module) -> RouterSite:
     weight: object = projection.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")
+    if 0 in weight.shape:
+        raise ValueError(f"the weight of router {name} must have experts and inputs, got {tuple(weight.shape)}")
     if weight.device == torch.device("meta"):
         raise ValueError(f"the weight of router {name} is on the meta device: materialise the model first")
     return RouterSite(name=name, module=module, projection=projection)

@@ -6,6 +6,7 @@ Shape legend: D width, E experts; any leading dimensions.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,10 +113,12 @@ class GeometricRouter(nn.Linear):
             raise ValueError(f"the router expects inputs (..., {self.in_features}), got {tuple(x.shape)}")
         if self.manifold != "sphere":
             return super().forward(x)
-        # The weight is normalised here too: a Euclidean optimizer or a bf16 rounding may have moved it off the sphere.
-        cosine = F.linear(F.normalize(widen(x), dim=-1), F.normalize(widen(self.weight), dim=-1))
-        logits = cosine / self.temperature
-        return (logits if self.bias is None else logits + widen(self.bias)).to(x.dtype)
+        dtype, full_precision = _outside_autocast(x)
+        with full_precision:  # a cosine rounded to bf16 would be divided by a small temperature
+            # The weight is normalised here too: a Euclidean optimizer or a rounding may have moved it off the sphere.
+            cosine = F.linear(_direction(widen(x)), _direction(widen(self.weight)))
+            logits = cosine / self.temperature
+            return (logits if self.bias is None else logits + widen(self.bias)).to(dtype)
 
     @classmethod
     def from_linear(
@@ -126,24 +129,27 @@ class GeometricRouter(nn.Linear):
         Raises:
             ValueError: the manifold cannot hold the weight without changing the function, or ``linear`` is a cosine
                 router, and ``allow_change`` is not set; a zero row for the sphere.
-            TypeError: not an ``nn.Linear``.
+            TypeError: not an ``nn.Linear``, or one with a forward of its own.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
+        if type(linear).forward not in (nn.Linear.forward, GeometricRouter.forward):
+            raise TypeError(f"{type(linear).__name__} has a forward of its own: geometrize(model) keeps it")
         if changes_function(manifold) and not allow_change:
             raise ValueError(f"{manifold} rows change the function of a given weight: pass allow_change=True")
         if isinstance(linear, GeometricRouter):
             linear = linear.to_linear(allow_change=allow_change)
         if manifold == "sphere":
             refuse_zero_rows(linear.weight, "linear")
-        router = cls(
-            linear.in_features,
-            linear.out_features,
-            manifold=manifold,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
+        with _random_state_kept(linear.weight.device):
+            router = cls(
+                linear.in_features,
+                linear.out_features,
+                manifold=manifold,
+                bias=linear.bias is not None,
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
+            )
         with torch.no_grad():
             router.weight.copy_(linear.weight)
             if linear.bias is not None:
@@ -163,13 +169,14 @@ class GeometricRouter(nn.Linear):
         Raises:
             ValueError: a cosine router without ``allow_change``.
         """
-        linear = nn.Linear(
-            self.in_features,
-            self.num_experts,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        with _random_state_kept(self.weight.device):
+            linear = nn.Linear(
+                self.in_features,
+                self.num_experts,
+                bias=self.bias is not None,
+                device=self.weight.device,
+                dtype=self.weight.dtype,
+            )
         with torch.no_grad():
             linear.weight.copy_(self.weight if self.manifold != "sphere" else self._folded(allow_change))
             if self.bias is not None:
@@ -187,7 +194,7 @@ class GeometricRouter(nn.Linear):
     def _folded(self, allow_change: bool) -> Tensor:
         if not allow_change:
             raise ValueError("a cosine router normalises its input, nn.Linear does not: pass allow_change=True")
-        return F.normalize(widen(self.weight), dim=-1) / (self.temperature * math.sqrt(self.in_features))
+        return _direction(widen(self.weight)) / (self.temperature * math.sqrt(self.in_features))
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -207,6 +214,25 @@ def _matching_temperature(weight: Tensor) -> Tensor:
     """Return the τ, shape (1,), that keeps the size of the logits for inputs of norm √D: ``1 / (√D · mean ‖w_e‖)``."""
     norm = torch.linalg.vector_norm(widen(weight.detach()), dim=-1).mean().clamp_min(1e-12)
     return (1 / (math.sqrt(weight.shape[1]) * norm)).reshape(1)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Return x / ‖x‖; 0, with no gradient, for x = 0 (a padding token's gradient must not be ∝ 1/ε)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, torch.inf)
+
+
+def _outside_autocast(x: Tensor) -> tuple[torch.dtype, AbstractContextManager[object]]:
+    """Return the dtype a linear layer would give here, and a context in which autocast leaves the operations alone."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype, nullcontext()
+    return torch.get_autocast_dtype(kind), torch.autocast(kind, enabled=False)
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """A conversion draws an initialisation it then overwrites: the caller's random numbers must not notice."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _copy_flags(source: nn.Linear, target: nn.Linear) -> None:

@@ -308,3 +308,12 @@ def test_a_module_selects_itself():
         ("layers.4.routing", model.layers[4].routing, model.layers[4].routing.classifier)
     ]
     assert [site.name for site in find_routers(model.layers[4], [model.layers[4].routing])] == ["routing"]
+
+
+def test_tied_routers_become_cosine_routers_with_one_temperature():
+    first, second = nn.Linear(8, 4), nn.Linear(8, 4)
+    second.weight = first.weight
+    model = nn.ModuleDict({"a": nn.ModuleDict({"router": first}), "b": nn.ModuleDict({"router": second})})
+    geometrize(model, "sphere", allow_change=True)
+    assert first.weight is second.weight
+    assert torch.equal(first.temperature, second.temperature)

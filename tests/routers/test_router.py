@@ -367,3 +367,37 @@ def test_bad_manifolds():
 def test_repr_names_sizes_and_manifold(manifold):
     text = repr(GeometricRouter(D, E, manifold=manifold, bias=False))
     assert text == f"GeometricRouter(in_features=7, num_experts=4, manifold='{manifold}', bias=False)"
+
+
+def test_cosine_keeps_full_precision_under_autocast():
+    router, x = GeometricRouter(D, E, manifold="sphere"), torch.randn(5, D)
+    with torch.no_grad():
+        router.temperature_logit.fill_(-5.0)  # τ near 0.01: a cosine rounded to bf16 would be off by 0.3 in the logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(x)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, router(x).to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_zero_token_has_no_gradient_on_the_cosine_router():
+    router, x = GeometricRouter(D, E, manifold="sphere"), torch.zeros(2, D, requires_grad=True)
+    logits = router(x)
+    logits.sum().backward()
+    assert torch.equal(logits, router.bias.expand(2, E))
+    assert torch.equal(x.grad, torch.zeros(2, D))
+
+
+def test_conversion_leaves_the_random_state_alone(manifold):
+    linear = torch.nn.Linear(D, E)
+    before = torch.get_rng_state()
+    GeometricRouter.from_linear(linear, manifold=manifold, allow_change=True).to_linear(allow_change=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_from_linear_refuses_a_forward_of_its_own():
+    class Gate(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="Gate has a forward of its own"):
+        GeometricRouter.from_linear(Gate(D, E))

@@ -43,6 +43,16 @@ TINY = {
         "data.batch_size=8",
         "model.patch=2",
     ),
+    # Of texts that `write_texts` writes; data.path is still to be given.
+    "folder": (
+        *TINY_MODEL,
+        "data=folder",
+        "data.length=32",
+        "data.batch_size=4",
+        "data.valid_fraction=0.4",
+        "data.tokenizer=bpe",
+        "data.vocab_size=262",
+    ),
 }
 TINY_LOOP = ("loop.steps=12", "loop.warmup=2", "loop.checkpoint_every=4", "threads=1", "device=cpu")
 
@@ -65,11 +75,20 @@ def tiny(directory: Path, *overrides: str, task: str = "language") -> DictConfig
     return configuration(*tiny_overrides(directory, *overrides, task=task))
 
 
+def write_texts(folder: Path, words: str) -> Path:
+    for domain in ("a", "b"):
+        (folder / domain).mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            (folder / domain / f"{number}.txt").write_text(f"{domain}{number} {words} " * 40)
+    return folder
+
+
 class Hook(Silent):
     """A progress that calls ``action`` after the rows of ``step`` are logged."""
 
     def __init__(self, step: int, action: Any) -> None:
-        self.step, self.action, self.steps = step, action, []
+        self.step, self.action = step, action
+        self.steps: list[int] = []
 
     def update(self, step: int, scalars: Any) -> None:
         self.steps.append(step)

@@ -20,7 +20,9 @@ SIZES = {"dim": 16, "layers": 2, "heads": 2, "num_experts": 4, "expert_hidden": 
 
 
 def _text(**options: object) -> PlantedText:
-    return PlantedText(**{"alphabet": 7, "documents": 40, "document_length": 21, "length": 16, "batch_size": 4} | options)
+    return PlantedText(
+        **{"alphabet": 7, "documents": 40, "document_length": 21, "length": 16, "batch_size": 4} | options
+    )
 
 
 def _language(data: PlantedText) -> LanguageModel:
@@ -189,7 +191,9 @@ def test_losses_are_of_full_precision_whatever_the_logits():
     torch.testing.assert_close(found, exact.float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_autocast(precision, dtype):
     with autocast(precision, CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -1,6 +1,7 @@
 """Who is stepped by whom, what is decayed, that rows stay on their manifold, and the schedule in closed form."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -112,7 +113,7 @@ def test_the_first_polar_step_turns_a_row_by_the_learning_rate():
 
 
 def test_riemannian_without_manifold_routers_says_what_to_do():
-    with pytest.raises(ValueError, match="optimizer=riemannian needs routers on a manifold.*router=polar"):
+    with pytest.raises(ValueError, match=r"optimizer=riemannian needs routers on a manifold.*router=polar"):
         riemannian(_model(None))
 
 
@@ -132,8 +133,8 @@ def test_schedule_in_closed_form():
     assert scale(110) == pytest.approx(0.2)
     assert scale(500) == pytest.approx(0.2)
     values = [scale(step) for step in range(9, 111)]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
-    assert max(a - b for a, b in zip(values, values[1:], strict=False)) < 0.8 * math.pi / 2 / 100 + 1e-9
+    assert all(a >= b for a, b in itertools.pairwise(values))
+    assert max(a - b for a, b in itertools.pairwise(values)) < 0.8 * math.pi / 2 / 100 + 1e-9
 
 
 def test_schedule_without_warmup_and_with_nothing_else():

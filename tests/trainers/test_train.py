@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from moegeo_router.loggers import read_jsonl
-from tests.support.runs import Killed, after_step, configuration, kill, rows, tiny, tiny_overrides, train_rows
+from tests.support.runs import (
+    Killed,
+    after_step,
+    configuration,
+    kill,
+    rows,
+    tiny,
+    tiny_overrides,
+    train_rows,
+    write_texts,
+)
 from tests.support.wandb_offline import find_runs, read_run
 from tests.trainers.data.conftest import write_wikipedia
 from trainers import checkpoint
@@ -46,7 +56,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 VARIANTS = {
-    "polar": ("language",),
+    "polar": ("language", "loop.eval_every=3", "loop.per_layer=true"),
     "sphere": ("language", "router=sphere"),
     "orthonormal": ("language", "router=orthonormal"),
     "euclidean": ("language", "router=euclidean"),
@@ -60,7 +70,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_as_the_unbroken_one(tmp_path, variant, capsys):
     task, *overrides = VARIANTS[variant]
-    overrides = [*overrides, "loop.eval_every=3", "loop.per_layer=true", "loop.steps=9"]
+    overrides = [*overrides, "loop.steps=9"]
     train(tiny(tmp_path / "unbroken", *overrides, task=task))
     config = tiny(tmp_path / "killed", *overrides, task=task)
     with after_step(6, kill), pytest.raises(Killed):
@@ -140,7 +150,15 @@ def test_what_cannot_change_the_result_may_change_in_a_continuation(tmp_path, fi
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "loop.steps=13", "router=sphere", "optimizer.lr=0.003", "data.batch_size=5", "model.layers=1", "data.seed=4"],
+    [
+        "seed=1",
+        "loop.steps=13",
+        "router=sphere",
+        "optimizer.lr=0.003",
+        "data.batch_size=5",
+        "model.layers=1",
+        "data.seed=4",
+    ],
 )
 def test_other_settings_in_a_run_folder_are_named_and_nothing_is_touched(finished, override, capsys):
     before = snapshot(finished)
@@ -152,36 +170,19 @@ def test_other_settings_in_a_run_folder_are_named_and_nothing_is_touched(finishe
     assert snapshot(finished) == before
 
 
-def _folder(path: Path, text: str) -> Path:
-    for domain in ("a", "b"):
-        for number in range(4):
-            (path / domain).mkdir(parents=True, exist_ok=True)
-            (path / domain / f"{number}.txt").write_text(f"{domain}{number} {text} " * 40)
-    return path
-
-
-def _folder_run(directory: Path, text: Path) -> list[str]:
-    folder = ("data=folder", f"data.path={text}", "data.length=32", "data.batch_size=4", "data.valid_fraction=0.3")
-    return [
-        "data=folder" if override == "data=planted" else override
-        for override in tiny_overrides(directory, *folder[1:], "data.tokenizer=bpe", "data.vocab_size=300")
-        if not override.startswith(("data.alphabet", "data.documents", "data.document_length"))
-    ]
-
-
 def test_another_corpus_is_refused_before_anything_is_touched(tmp_path, capsys):
-    text = _folder(tmp_path / "text", "one two three")
-    command = _folder_run(tmp_path / "run", text)
+    text = write_texts(tmp_path / "text", "one two three")
+    command = tiny_overrides(tmp_path / "run", f"data.path={text}", task="folder")
     with after_step(6, kill), pytest.raises(Killed):
         train(configuration(*command))
     before = snapshot(tmp_path / "run")
     assert "tokenizer.json" in before
-    _folder(text, "four five six seven")
+    write_texts(text, "four five six seven")
     assert "holds a run on other data than folder is now" in refusal(capsys, *command)
     assert snapshot(tmp_path / "run") == before
 
-    elsewhere = _folder(tmp_path / "the same text", "one two three")
-    train(configuration(*_folder_run(tmp_path / "run", elsewhere)))  # only its place is another
+    elsewhere = write_texts(tmp_path / "elsewhere", "one two three")
+    train(tiny(tmp_path / "run", f"data.path={elsewhere}", task="folder"))  # only its place is another
     assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 13))
 
 
@@ -243,7 +244,7 @@ BAD = {
     "seed=few": "seed: expected an integer >= 0, got 'few'",
     "data.batch_size=0": "batch_size: expected an integer >= 1, got 0",
     "data.length=ten": "data.length must be int, got 'ten'",
-    "data.length=100000": "take a smaller length or more text",
+    "data.length=5000": "take a smaller length or more text",
     "loop.warmup=-1": "loop.warmup must be at least 0, got -1",
     "+loop.stepz=5": "stepz",
     "model=vision": "this model needs data of task vision, e.g. data=digits; planted is of task language",

@@ -1,0 +1,171 @@
+"""Every file in configs/ composes, names a real constructor and exactly its keywords, and builds."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException, InstantiationException
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from torch import nn
+
+from tests.support.runs import CONFIGS, configuration
+from trainers import build
+from trainers.data.planted import PlantedText
+from trainers.loop import LoopConfig
+from trainers.models import LanguageModel
+from trainers.train import FREE_KEYS
+
+#: Small, so that a test may load them; the sets that must be downloaded are not here.
+SMALL = {
+    "planted": ("data.documents=40", "data.document_length=65", "data.length=64"),
+    "planted_images": ("data.images=96",),
+    "digits": (),
+    "stdlib": ("data.max_bytes=200000", "data.length=64"),
+}
+VISION = ("planted_images", "digits", "cifar10", "fashion_mnist")
+DOWNLOADED = {"enwiki", "wikitext2", "multidomain", "fashion_mnist", "cifar10"}
+#: Not a file of its own choice: what the caller of a partial target gives.
+GIVEN = {
+    "model": {"vocab_size", "num_classes", "image_shape", "router"},
+    "router": {"in_features", "num_experts", "out_features", "device", "dtype"},
+    "optimizer": {"model"},
+}
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _model(router: str) -> LanguageModel:
+    config = configuration(f"router={router}", "model.dim=16", "model.num_experts=4", "data.length=8")
+    return build.build_model(
+        config, PlantedText(documents=8, document_length=9, length=8, alphabet=5, valid_fraction=0.4)
+    )
+
+
+def test_the_groups_are_all_covered():
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
+        *("data", "experiment", "logger", "model", "optimizer", "router")
+    }
+    assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
+
+
+@pytest.mark.parametrize("group", ["model", "router", "optimizer"])
+def test_keys_are_the_keywords_of_the_target(group):
+    for choice in _choices(group):
+        node = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
+        keywords = set(inspect.signature(get_object(node._target_)).parameters) - GIVEN[group]
+        keys = set(node) - {"_target_", "_partial_"}
+        if choice == "linear":
+            keywords -= {"manifold"}
+        assert keys == keywords, choice
+
+
+def test_the_loop_has_every_key_and_the_defaults_of_its_class():
+    loop = configuration().loop
+    assert set(loop) - {"_target_"} == set(LoopConfig.__dataclass_fields__)
+    assert build.build(configuration(), "loop") == LoopConfig()
+
+
+def test_free_keys_are_keys():
+    keys = set(
+        _flat(build.plain(configuration("data=enwiki")))
+        + _flat(build.plain(configuration("data=folder", "data.path=x")))
+    )
+    assert all(any(f"{key}.".startswith(f"{free}.") for key in keys) for free in FREE_KEYS)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        name
+        for key, value in config.items()
+        for name in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"])
+    ]
+
+
+@pytest.mark.parametrize("router", _choices("router"))
+@pytest.mark.parametrize("optimizer", _choices("optimizer"))
+def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimizer):
+    model, config = _model(router), configuration(f"router={router}", f"optimizer={optimizer}")
+    if (router, optimizer) == ("linear", "riemannian"):
+        with pytest.raises(ValueError, match="take router=polar, or optimizer=adamw"):
+            build.build_optimizers(config, model)
+        return
+    held = [p for o in build.build_optimizers(config, model) for group in o.param_groups for p in group["params"]]
+    assert len(held) == len(list(model.parameters()))
+    assert model(torch.zeros(1, 8, dtype=torch.long)).logits.isfinite().all()
+    kind = type(model.trunk.blocks[0].ffn.router)
+    assert (kind is nn.Linear) == (router == "linear")
+    assert getattr(model.trunk.blocks[0].ffn.router, "manifold", "linear") == router
+
+
+@pytest.mark.parametrize("data", _choices("data"))
+@pytest.mark.parametrize("logger", _choices("logger"))
+def test_everything_composes_and_resolves_to_plain_values(data, logger):
+    model = "vision" if data in VISION else "language"
+    extra = ("data.path=somewhere",) if data == "folder" else ()
+    plain = build.plain(configuration(f"data={data}", f"model={model}", f"logger={logger}", "name=x", *extra))
+    assert plain["directory"] == "runs/x"
+    assert plain["data"]["_target_"].startswith("trainers.data.")
+    assert plain["logger"]["wandb"] == ("disabled" if logger == "jsonl" else "auto")
+
+
+@pytest.mark.parametrize("data", SMALL)
+def test_embedded_data_build_with_a_model_for_them(data):
+    model = "vision" if data in VISION else "language"
+    config = configuration(f"data={data}", f"model={model}", "model.dim=16", "model.num_experts=4", *SMALL[data])
+    built = build.build(config, "data")
+    output = build.build_model(config, built)(built.train_batch(0).inputs)
+    assert output.logits.isfinite().all()
+    assert built.batch_size == config.data.batch_size
+
+
+@pytest.mark.parametrize("data", sorted(DOWNLOADED))
+def test_without_a_data_root_the_error_names_the_option_and_the_variable(data, monkeypatch):
+    monkeypatch.delenv("MOEGEO_DATA", raising=False)
+    with pytest.raises(InstantiationException) as refused:
+        build.build(configuration(f"data={data}", "model=vision" if data in VISION else "model=language"), "data")
+    assert isinstance(refused.value.__cause__, ValueError)
+    message = str(refused.value.__cause__)
+    assert "data.root" in message
+    assert "MOEGEO_DATA" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("experiment", _choices("experiment"))
+def test_every_experiment_composes_and_builds(experiment):
+    config = configuration(f"experiment={experiment}")
+    build.plain(config)
+    loop = build.build(config, "loop")
+    assert loop.warmup < loop.steps
+    model = build.build_model(config, build.build(config, "data"))
+    assert build.build_optimizers(config, model)
+
+
+def test_the_demo_has_a_name_so_that_it_can_be_continued():
+    assert configuration("experiment=demo").directory == "runs/demo"
+
+
+def test_the_seed_of_the_run_is_that_of_the_windows():
+    assert build.plain(configuration("seed=7", "name=x"))["data"]["seed"] == 7
+
+
+@pytest.mark.parametrize("override", ["loop.stepz=5", "nonsense=1", "router=cubic", "model.depth=3", "experiment=none"])
+def test_unknown_keys_and_choices_do_not_compose(override):
+    with pytest.raises(ConfigCompositionException):
+        configuration(override)
+
+
+def test_evaluate_composes_with_all_data():
+    for data in _choices("data"):
+        config = configuration(f"data={data}", "run=somewhere", name="evaluate")
+        assert config.data._target_.startswith("trainers.data.")
+
+
+def test_no_file_names_a_place_of_some_machine():
+    for path in CONFIGS.rglob("*.yaml"):
+        for line in Path(path).read_text().splitlines():
+            assert not any(start in line for start in ("/work", "/tmp", "/home", "/root", "/Users")), path

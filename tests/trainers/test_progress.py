@@ -1,0 +1,112 @@
+"""What a person sees while it trains: lines in a file, a bar in a terminal."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainers import progress
+from trainers.progress import Bar, Lines, Silent, for_terminal
+
+SCALARS = {
+    "train/loss": 1.23456,
+    "train/tokens_per_second": 1000.0,
+    "geometry/fsi": 0.0625,
+    "geometry/dead_experts": 3.0,
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_has_the_loss_the_speed_fsi_and_the_dead(capsys):
+    with Lines(20) as lines:
+        lines.update(1, SCALARS)
+    assert capsys.readouterr().out == "step 1/20  loss 1.235  1,000 tokens/s  FSI 0.062  dead 3\n"
+
+
+def test_lines_come_every_so_many_seconds_and_at_the_end(clock, capsys):
+    lines = Lines(20, seconds=10)
+    for step in range(1, 21):
+        lines.update(step, SCALARS)
+        clock[0] += 3
+    steps = re.findall(r"step (\d+)/20", capsys.readouterr().out)
+    assert steps == ["1", "5", "9", "13", "17", "20"]
+
+
+def test_the_speed_shown_is_smoothed_over_time_not_over_speeds(capsys):
+    lines = Lines(2, seconds=0)
+    lines.update(1, SCALARS)
+    lines.update(2, SCALARS | {"train/tokens_per_second": 100.0})
+    # Seconds a token: 0.001 + 0.1 (0.01 - 0.001) = 0.0019.
+    assert "  526 tokens/s" in capsys.readouterr().out
+
+
+def test_silence(capsys):
+    with Silent() as silent:
+        silent.update(1, SCALARS)
+    assert capsys.readouterr().out == ""
+
+
+def test_output_that_is_no_terminal_gets_lines(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(for_terminal(3), Lines)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(for_terminal(3, 1), Bar)
+
+
+def test_the_bar_is_left_when_the_run_is():
+    def run() -> None:
+        with bar:
+            assert bar._bar.live.is_started
+            raise RuntimeError("stop")
+
+    bar = Bar(5)
+    with pytest.raises(RuntimeError, match="stop"):
+        run()
+    assert not bar._bar.live.is_started
+
+
+PROGRAM = """
+from trainers.progress import Bar, for_terminal
+bar = for_terminal(40, 10)
+assert isinstance(bar, Bar)
+with bar:
+    for step in (11, 12):
+        bar.update(step, {scalars})
+"""
+
+
+def test_a_terminal_gets_a_bar_with_all_of_it_in_80_columns():
+    main, side = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(scalars=SCALARS)],
+        cwd=Path(progress.__file__).parents[1],
+        env=environment | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
+        stdout=side,
+        stderr=subprocess.PIPE,
+    )
+    os.close(side)
+    shown = b""
+    try:
+        while part := os.read(main, 4096):
+            shown += part
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(main)
+    assert process.communicate()[1] == b""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    last = text.replace("\r", "\n").strip().splitlines()[-1]
+    for part in ("training", "12/40", "loss 1.235", "1,000 tokens/s", "FSI 0.062", "dead 3"):
+        assert part in last, (part, last)
