@@ -49,8 +49,7 @@ def evaluate_run(config: DictConfig) -> None:
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the model of {run} does not fit data={data.name}: {reason}") from None
+        raise ValueError(f"the model of {run} does not fit data={data.name}: {error}") from None
     evaluation = evaluate(model.to(device), data, device, trained.loop.precision)
     print(f"{run} after step {saved.step}, on {data.name}")
     print_report(evaluation, None, tokens_per_second=None, how_to_open=[])
