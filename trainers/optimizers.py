@@ -30,8 +30,14 @@ def adamw(
         One fused AdamW.
 
     Raises:
-        ValueError: a negative learning rate or decay.
+        ValueError: a negative learning rate or decay, or orthonormal routers, which would not stay orthonormal. (Polar
+            rows may be anywhere, and a cosine router normalises its rows itself.)
     """
+    from moegeo_router.geometry import OrthonormalRows  # geoopt loads here, not at import
+
+    manifolds = [manifold_of(p) for p in model.parameters()]
+    if any(isinstance(m, OrthonormalRows) for m in manifolds):
+        raise ValueError("optimizer=adamw would take orthonormal rows off their manifold: take optimizer=riemannian")
     return [_adamw(model.parameters(), lr, betas, weight_decay)]
 
 

@@ -89,7 +89,7 @@ class FisherRaoSimplex(Manifold):
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object
     ) -> Tensor:
         """Sample uniformly with respect to the Fisher-Rao volume, Dirichlet(½, …, ½)."""
-        points = simplex.random_distributions(*_shape(size), dtype=dtype, device=device)
+        points = simplex.random_distributions(*shape_of(size), dtype=dtype, device=device)
         return ManifoldTensor(self._stored(points, points.dtype), manifold=self)
 
     def origin(
@@ -100,7 +100,7 @@ class FisherRaoSimplex(Manifold):
         seed: int | None = 42,
     ) -> Tensor:
         """Return uniform distributions; ``seed`` is part of geoopt's signature and has no effect."""
-        shape = _shape(size)
+        shape = shape_of(size)
         return ManifoldTensor(
             simplex.uniform(shape[-1], dtype=dtype, device=device).expand(shape).clone(), manifold=self
         )
@@ -132,6 +132,6 @@ class FisherRaoSimplex(Manifold):
         return max(simplex.FLOOR, torch.finfo(dtype).tiny)
 
 
-def _shape(size: tuple[int, ...] | tuple[tuple[int, ...]]) -> tuple[int, ...]:
+def shape_of(size: tuple[int, ...] | tuple[tuple[int, ...]]) -> tuple[int, ...]:
     """Accept both ``random(2, 3)`` and ``random((2, 3))``, as geoopt's manifolds do."""
     return tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple) else size

@@ -14,6 +14,7 @@ from geoopt import Euclidean, EuclideanStiefel, Manifold, Sphere
 from geoopt.tensor import ManifoldTensor
 from torch import Tensor
 
+from .fisher_rao import shape_of
 from .simplex import sinc, sphere_angle, sphere_log, sphere_transport, widen
 
 ManifoldName = Literal["polar", "sphere", "orthonormal", "euclidean"]
@@ -111,7 +112,7 @@ class PolarRows(RouterManifold, Manifold):
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object
     ) -> Tensor:
         """Sample rows with independent normal coordinates."""
-        shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple) else size
+        shape = shape_of(size)
         return ManifoldTensor(torch.randn(shape, dtype=dtype, device=device), manifold=self)
 
     def extra_repr(self) -> str:
@@ -231,7 +232,7 @@ class OrthonormalRows(RouterManifold, EuclideanStiefel):
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object
     ) -> Tensor:
         """Sample matrices with orthonormal rows."""
-        shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple) else size
+        shape = shape_of(size)
         self._assert_check_shape(shape, "x")
         return ManifoldTensor(self.projx(torch.randn(shape, dtype=dtype, device=device)), manifold=self)
 
@@ -243,7 +244,7 @@ class OrthonormalRows(RouterManifold, EuclideanStiefel):
         seed: int | None = 42,
     ) -> Tensor:
         """Return the first E unit vectors; ``seed`` is part of geoopt's signature and has no effect."""
-        shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple) else size
+        shape = shape_of(size)
         self._assert_check_shape(shape, "x")
         eye = torch.eye(shape[-2], shape[-1], dtype=dtype, device=device)
         return ManifoldTensor(eye.expand(shape).clone(), manifold=self)

@@ -90,8 +90,12 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("optimizer", _choices("optimizer"))
 def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimizer):
     model, config = _model(router), configuration(f"router={router}", f"optimizer={optimizer}")
-    if (router, optimizer) == ("linear", "riemannian"):
-        with pytest.raises(ValueError, match="take router=polar, or optimizer=adamw"):
+    refused = {
+        ("linear", "riemannian"): "take router=polar, or optimizer=adamw",
+        ("orthonormal", "adamw"): "off their manifold: take optimizer=riemannian",
+    }
+    if (router, optimizer) in refused:
+        with pytest.raises(ValueError, match=refused[router, optimizer]):
             build.build_optimizers(config, model)
         return
     held = [p for o in build.build_optimizers(config, model) for group in o.param_groups for p in group["params"]]

@@ -1,0 +1,25 @@
+"""The examples run as they are, from any folder, and show what they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("example", "shows"),
+    [
+        ("replace_linear_router.py", "exported: Parameter in a plain Linear"),
+        ("log_geometry_to_wandb.py", "wandb leet"),
+    ],
+)
+def test_example_runs(example, shows, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / example)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert shows in done.stdout
