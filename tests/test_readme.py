@@ -1,5 +1,6 @@
 """README is true: its example prints what it says, and is as short as it claims."""
 
+import re
 from pathlib import Path
 
 from tests.readme_example import differences, example, run
@@ -11,6 +12,12 @@ def test_example_prints_what_readme_shows():
     code, expected = example(README.read_text())
     assert differences(expected, run(code)) == []
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    assert links
+    assert [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
 
 
 def test_differences_are_seen():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -129,6 +132,42 @@ def build_logger(
         jsonl_logger.close(exit_code=1)
         raise
     return MultiLogger([jsonl_logger, wandb_logger]), [*how_to_open, wandb_logger.how_to_open], wandb_logger.run_id
+
+
+def check_overrides(config_name: str) -> None:
+    """Say a mistaken key or choice on the command line in one line, and exit with status 2; hydra takes ten.
+
+    What only hydra itself understands (flags, sweeps) is left to it.
+    """
+    arguments = sys.argv[1:]
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    folder = str(Path(__file__).parents[1] / "configs")
+    with initialize_config_dir(folder, version_base="1.3"):
+        try:
+            compose(config_name, arguments)
+        except HydraException as error:
+            lines = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+            unknown = re.search(r"Could not override '([^']+)'", lines[0])
+            if unknown is None:
+                _leave(lines[0].split("Config search path")[0], 2)
+            else:
+                _leave(f"unknown key {unknown[1]}{_nearest(unknown[1], plain_keys(compose(config_name)))}", 2)
+
+
+def plain_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Return every key of a configuration with its dots, interpolations unresolved."""
+    keys = []
+    for key in map(str, config):
+        keys.append(f"{prefix}{key}")
+        if OmegaConf.is_dict(config._get_node(key)):
+            keys += plain_keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
 
 
 def run_command(main: Callable[[DictConfig], None], config: DictConfig) -> None:

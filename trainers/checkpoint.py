@@ -62,7 +62,7 @@ class Checkpoint:
 def save(directory: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """Save a checkpoint atomically, then remove older ones.
 
-    Saving the same step again replaces it; `latest` finds the former or the new one at every moment. Tensors that
+    Saving the same step again replaces it; ``latest`` finds the former or the new one at every moment. Tensors that
     share memory are each written out, so that the model file holds every key for any safetensors reader.
 
     Args:
@@ -72,10 +72,10 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
             was taken back to an earlier checkpoint) are left alone.
 
     Returns:
-        The checkpoint's folder, `directory/step-00001200`.
+        The checkpoint's folder, ``directory/step-00001200``.
 
     Raises:
-        ValueError: the checkpoint holds something that could not be loaded again, or `keep` < 1.
+        ValueError: the checkpoint holds something that could not be loaded again, or ``keep`` < 1.
         OSError: it could not be written (disk full, not allowed); the earlier checkpoints are intact.
     """
     _check(checkpoint, keep)
@@ -101,7 +101,7 @@ def load(path: Path) -> Checkpoint:
     """Load a checkpoint whose every file has the digest its manifest names.
 
     Args:
-        path: a folder that `save` returned.
+        path: a folder that ``save`` returned.
 
     Returns:
         The checkpoint, its tensors on the CPU.
@@ -145,11 +145,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load an optimizer's state dict so that it goes on bit for bit.
 
     Optimizers that count their steps in a Python int (geoopt's RiemannianAdam) get a float32 tensor from torch's own
-    `load_state_dict`, and other last bits in the bias correction 1 - beta^step; here the numbers stay as saved.
+    ``load_state_dict``, and other last bits in the bias correction 1 - beta^step; here the numbers stay as saved.
 
     Args:
         optimizer: over the same parameters in the same groups as the one that was saved.
-        state: its `state_dict()`.
+        state: its ``state_dict()``.
 
     Raises:
         ValueError: the groups do not fit (from torch).

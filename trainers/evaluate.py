@@ -56,4 +56,5 @@ def evaluate_run(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    build.check_overrides("evaluate")
     main()

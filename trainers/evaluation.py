@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode and back, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str = "fp32") -> Evaluation:
     """Evaluate ``model`` on the held-out batches of ``data``.
@@ -75,19 +87,17 @@ def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str 
     Raises:
         ValueError: the held-out split has no targets.
     """
-    training = model.training
-    model.eval()
     losses, correct, domains = [], [], []
     record = RoutingRecord()
-    for cpu_batch in data.valid_batches():
-        batch = cpu_batch.to(device)
-        with autocast(precision, device):
-            output = model(batch.inputs)
-        record.add(output.routing, batch)
-        losses.append(target_losses(output, batch)[batch.mask].cpu())
-        correct.append((output.logits.argmax(dim=-1) == batch.targets)[batch.mask].cpu())
-        domains.append(cpu_batch.domains[cpu_batch.mask])
-    model.train(training)
+    with _evaluating(model):
+        for cpu_batch in data.valid_batches():
+            batch = cpu_batch.to(device)
+            with autocast(precision, device):
+                output = model(batch.inputs)
+            record.add(output.routing, batch)
+            losses.append(target_losses(output, batch)[batch.mask].cpu())
+            correct.append((output.logits.argmax(dim=-1) == batch.targets)[batch.mask].cpu())
+            domains.append(cpu_batch.domains[cpu_batch.mask])
     if not sum(len(part) for part in losses):
         raise ValueError(f"the held-out split of {data.name} has no targets")
     loss_T, domain_T = torch.cat(losses).double(), torch.cat(domains)

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -121,33 +121,44 @@ class Trainer:
         Raises:
             NonFiniteError: NaN or inf in the loss, a layer's logits, the gradient or the weights; the state is saved.
             Interrupted: asked to stop; the state is saved.
+            Exception: whatever the data, the model or the logger raise; the state is saved.
         """
         if self.step >= self.config.steps:
             return evaluate(self.model, self.data, self.device, self.config.precision)
         if self.step == 0:
             self.save()  # from here on the folder says what it holds, and a kill before the next save loses little
         with stop_requests() as stop, progress:
-            while self.step < self.config.steps:
-                started = time.perf_counter()
-                try:
-                    scalars = self.train_step(self.data.train_batch(self.step))
-                except NonFiniteError as error:
-                    raise self._saved_non_finite(str(error)) from None
-                scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
-                self.logger.log(scalars, self.step)
-                progress.update(self.step, scalars)
-                if self.step == self.config.steps:
-                    break
-                if self._due(self.config.eval_every):
-                    self._evaluate()
-                if self._due(self.config.checkpoint_every):
+            try:
+                self._train(stop, progress)
+                evaluation = self._evaluate()
+            except (NonFiniteError, Interrupted):
+                raise  # saved where they belong
+            except Exception:
+                with suppress(Exception):  # the first error is the one to tell
                     self.save()
-                if stop.is_set():
-                    raise Interrupted(f"stopped after step {self.step}; saved {self.save()}")
-            evaluation = self._evaluate()
+                raise
             # Last: a checkpoint of the last step says that the log is complete.
             self.save()
         return evaluation
+
+    def _train(self, stop: threading.Event, progress: Progress) -> None:
+        while self.step < self.config.steps:
+            started = time.perf_counter()
+            try:
+                scalars = self.train_step(self.data.train_batch(self.step))
+            except NonFiniteError as error:
+                raise self._saved_non_finite(str(error)) from None
+            scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
+            self.logger.log(scalars, self.step)
+            progress.update(self.step, scalars)
+            if self.step == self.config.steps:
+                return
+            if self._due(self.config.eval_every):
+                self._evaluate()
+            if self._due(self.config.checkpoint_every):
+                self.save()
+            if stop.is_set():
+                raise Interrupted(f"stopped after step {self.step}; saved {self.save()}")
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step on ``batch`` and return its scalars.

@@ -1,7 +1,7 @@
-"""The language model again in plain torch: the fastest hand-written twin, which `trainers.speed` races ours against.
+"""The language model again in plain torch: the fastest hand-written twin, which ``trainers.speed`` races ours against.
 
 Nothing of this library is used, nothing is recorded, only the default options exist: tied head, every block a
-mixture, softmax scores, renormalised gates. Parameter names are those of `trainers.models.LanguageModel` without
+mixture, softmax scores, renormalised gates. Parameter names are those of ``trainers.models.LanguageModel`` without
 their prefix "trunk.", so the twin can load its weights.
 
 Shape suffixes: B batch, L length, D width, H heads, C width of a head, T tokens, E experts, K chosen.
@@ -114,7 +114,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainLanguageModel(nn.Module):
-    """`trainers.models.LanguageModel` with default options and `nn.Linear` routers; returns logits only.
+    """``trainers.models.LanguageModel`` with default options and ``nn.Linear`` routers; returns logits only.
 
     Its own initialisation is only good enough to be timed: load the other's weights to train it.
 

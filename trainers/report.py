@@ -70,4 +70,5 @@ def _lines(evaluation: Evaluation, baseline: Baseline | None, tokens_per_second:
 
 
 def _cell(key: str, value: float) -> str:
-    return f"{value:.0f}" if key == "dead_experts" else f"{value:.3f}"
+    # + 0.0: rounding leaves a minus sign on a zero.
+    return f"{value:.0f}" if key == "dead_experts" else f"{round(value, 3) + 0.0:.3f}"

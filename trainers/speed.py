@@ -1,4 +1,4 @@
-"""How fast is it? `python -m trainers.speed` prints one table, every ratio measured side by side in one run.
+"""How fast is it? ``python -m trainers.speed`` prints one table, every ratio measured side by side in one run.
 
 A ratio is (their time) / (our time), so 2.00 means that ours is twice as fast. Times vary by tens of percent
 between moments of a shared machine; the two sides of one pair follow each other within milliseconds, so the ratio of
@@ -69,7 +69,7 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """The median of `ratios`."""
+        """The median of ``ratios``."""
         return statistics.median(self.ratios)
 
     @property
@@ -121,13 +121,13 @@ def _seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> flo
 
 
 def compare_router(device: torch.device, num_experts: int = 8) -> Comparison:
-    """Forward of a geometrized `nn.Linear` router against the same router left alone."""
+    """Forward of a geometrized ``nn.Linear`` router against the same router left alone."""
     plain = nn.ModuleDict({"router": nn.Linear(DIM, num_experts, bias=False)}).to(device)
     ours = copy.deepcopy(plain)
     mg.geometrize(ours)
     x_TD = torch.randn(TOKENS, DIM, device=device)
     return Comparison(
-        name=f"router forward, {num_experts} experts: geometrized / nn.Linear",
+        name=f"router forward, {num_experts} experts: geometrized vs nn.Linear",
         ours=lambda: ours["router"](x_TD),
         theirs=lambda: plain["router"](x_TD),
         goal=0.95,
@@ -157,7 +157,7 @@ def compare_experts(device: torch.device, num_experts: int, theirs: str, goal: f
         device: where.
         num_experts: E.
         theirs: "loop" is the plain loop over the same stacked weights, "modules" one over separate modules.
-        goal: see `Comparison`.
+        goal: see ``Comparison``.
     """
     layer = SwiGLUExperts(num_experts, DIM, HIDDEN).to(device)
     if theirs == "loop":
@@ -175,7 +175,7 @@ def compare_experts(device: torch.device, num_experts: int, theirs: str, goal: f
         return lambda: torch.autograd.grad(layer(x_TD, inputs[1], ids_TK), inputs, gradient_TD)
 
     return Comparison(
-        name=f"expert layer forward + backward, {num_experts} experts: sorted / {theirs}",
+        name=f"expert layer forward + backward, {num_experts} experts: sorted vs {theirs}",
         ours=work(layer),
         theirs=work(other),
         goal=goal,
@@ -200,7 +200,7 @@ def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
     batch, step = data.train_batch(0), plain_step(twin.to(device))
     inputs_BL, targets_BL = batch.inputs.to(device), batch.targets.to(device)
     return Comparison(
-        name=f"training step of the demo model, {batch_size}x{data.length} tokens: ours / plain torch",
+        name=f"training step of the demo model, {batch_size}x{data.length} tokens: ours vs plain torch",
         ours=lambda: trainer.train_step(batch),
         theirs=lambda: step(inputs_BL, targets_BL),
         goal=0.9,

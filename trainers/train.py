@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from trainers.data.base import Data, require_integer
 from trainers.loop import Trainer
 from trainers.progress import for_terminal
 from trainers.report import print_report
+
+#: A run's name is that of its folder.
+NAME = re.compile(r"\w[\w.-]*")
 
 #: What may differ between a run and its continuation.
 FREE_KEYS = (
@@ -48,6 +52,9 @@ def train(config: DictConfig) -> None:
     Raises:
         ValueError: settings that do not fit each other, or a run folder that holds another run.
     """
+    if not NAME.fullmatch(str(config.name)):
+        raise ValueError(f"name must be letters, digits, '.', '_' or '-', got {config.name!r}")
+    config.name = str(config.name)  # YAML reads 7 and nan as numbers
     directory = Path(config.directory)
     if config.threads is not None:
         torch.set_num_threads(require_integer("threads", config.threads, 1))
@@ -109,7 +116,7 @@ def _check_same_run(config: dict[str, Any], saved: dict[str, Any]) -> None:
     now, then = _flat(config), _flat(saved)
     changed = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted(now.keys() | then.keys())
+        for key in sorted(then)  # a key that came later did not exist then
         if now.get(key) != then.get(key) and not any(key == k or key.startswith(f"{k}.") for k in FREE_KEYS)
     ]
     if changed:
@@ -143,4 +150,5 @@ def _median_speed(path: Path) -> float | None:
 
 
 if __name__ == "__main__":
+    build.check_overrides("train")
     main()

@@ -15,7 +15,7 @@ from geoopt.tensor import ManifoldTensor
 from torch import Tensor
 
 from .fisher_rao import shape_of
-from .simplex import sinc, sphere_angle, sphere_log, sphere_transport, widen
+from .simplex import sinc, sphere_angle, sphere_exp, sphere_log, sphere_transport, widen
 
 ManifoldName = Literal["polar", "sphere", "orthonormal", "euclidean"]
 
@@ -167,20 +167,35 @@ class UnitRows(RouterManifold, Sphere):
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the angle between rows, (...) or (..., 1)."""
-        return sphere_angle(x, y, keepdim=keepdim)
+        return sphere_angle(widen(x), widen(y), keepdim=keepdim)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Move each row along the great circle of u: ``cos h · x + sinc h · u``."""
-        h = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-        return self.projx(torch.cos(h) * x + sinc(h) * u)
+        return self.projx(sphere_exp(widen(x), widen(u))).to(x.dtype)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Move each row by u and normalise."""
+        return self.projx(widen(x) + widen(u)).to(x.dtype)
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the tangent vectors at x whose great circles reach y at unit time."""
-        return sphere_log(x, y)
+        return sphere_log(widen(x), widen(y)).to(x.dtype)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry v from x to y along their great circle (an isometry)."""
-        return sphere_transport(x, y, v)
+        return sphere_transport(widen(x), widen(y), widen(v)).to(v.dtype)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Project u on the tangent space of x."""
+        return super().proju(widen(x), widen(u)).to(u.dtype)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the Riemannian gradient of the Euclidean gradient u: its projection."""
+        return self.proju(x, u)
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        """Return ``u·v`` a row, (...) or (..., 1)."""
+        return super().inner(widen(x), widen(u), None if v is None else widen(v), keepdim=keepdim)
 
 
 class OrthonormalRows(RouterManifold, EuclideanStiefel):
@@ -227,6 +242,10 @@ class OrthonormalRows(RouterManifold, EuclideanStiefel):
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry v to y by projection on its tangent space."""
         return self.proju(y, v)
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        """Return ``Σ u_ij v_ij`` over the matrix, (...) or (..., 1, 1)."""
+        return super().inner(x, widen(u), None if v is None else widen(v), keepdim=keepdim)
 
     def random(
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: object

@@ -32,7 +32,7 @@ class Logger(Protocol):
 
         Args:
             kind: what happened ("checkpoint", "non_finite").
-            fields: its details; whatever `json` can write (NaN and inf allowed).
+            fields: its details; whatever ``json`` can write (NaN and inf allowed).
             step: the optimizer step at which it happened, >= 0.
 
         Raises:
@@ -51,11 +51,11 @@ def check_metrics(metrics: Mapping[str, float], step: int) -> None:
     """Check one row of numbers.
 
     Args:
-        metrics: as in `Logger.log`.
-        step: as in `Logger.log`.
+        metrics: as in ``Logger.log``.
+        step: as in ``Logger.log``.
 
     Raises:
-        ValueError: as in `Logger.log`.
+        ValueError: as in ``Logger.log``.
     """
     _check_step(step)
     for key, value in metrics.items():
@@ -68,12 +68,12 @@ def check_event(kind: str, fields: Mapping[str, object], step: int) -> None:
     """Check one event.
 
     Args:
-        kind: as in `Logger.event`.
-        fields: as in `Logger.event`.
-        step: as in `Logger.event`.
+        kind: as in ``Logger.event``.
+        fields: as in ``Logger.event``.
+        step: as in ``Logger.event``.
 
     Raises:
-        ValueError: as in `Logger.event`.
+        ValueError: as in ``Logger.event``.
     """
     _check_step(step)
     if not isinstance(kind, str) or not kind:
@@ -122,7 +122,7 @@ class MultiLogger:
         self.loggers = list(loggers)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one row of numbers to every logger (see `Logger.log`)."""
+        """Write one row of numbers to every logger (see ``Logger.log``)."""
         check_metrics(metrics, step)
         for logger in list(self.loggers):
             try:
@@ -131,7 +131,7 @@ class MultiLogger:
                 self._drop(logger, f"step {step}", error)
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
-        """Write one event to every logger (see `Logger.event`)."""
+        """Write one event to every logger (see ``Logger.event``)."""
         check_event(kind, fields, step)
         for logger in list(self.loggers):
             try:

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moegeo_router.loggers.base import check_event, check_metrics
+from .base import check_event, check_metrics
 
 
 class JSONLLogger:
     """Append rows to a JSON-lines file.
 
-    A row of numbers is `{"step": 3, "time": 1700000000.0, "train/loss": 2.5}`, an event
-    `{"step": 3, "time": ..., "event": "checkpoint", "path": "..."}`; `time` is in seconds since the epoch.
+    A row of numbers is ``{"step": 3, "time": 1700000000.0, "train/loss": 2.5}``, an event
+    ``{"step": 3, "time": ..., "event": "checkpoint", "path": "..."}``; ``time`` is in seconds since the epoch.
     JSON has no NaN: such a value is written as null and named in the row's
-    `"non_finite": {"train/loss": "nan" | "inf" | "-inf"}`; `read_jsonl` gives the float back. Inside the lists and
+    ``"non_finite": {"train/loss": "nan" | "inf" | "-inf"}``; ``read_jsonl`` gives the float back. Inside the lists and
     dicts of an event it becomes that string.
     Every row is handed to the operating system at once: a killed process loses none (a power cut may).
 
@@ -29,8 +29,8 @@ class JSONLLogger:
             and a last line torn by the kill, are dropped first (atomically). A missing file is started.
 
     Raises:
-        FileExistsError: the file holds rows and `resume_step` is None.
-        ValueError: `resume_step` is given and a line of the file, other than a torn last one, is not a row.
+        FileExistsError: the file holds rows and ``resume_step`` is None.
+        ValueError: ``resume_step`` is given and a line of the file, other than a torn last one, is not a row.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
@@ -43,14 +43,14 @@ class JSONLLogger:
         self._file = self.path.open("a", encoding="ascii", newline="\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one row of numbers (see `Logger.log`)."""
+        """Write one row of numbers (see ``Logger.log``)."""
         check_metrics(metrics, step)
         # Other libraries' scalars (numpy's float32) are Real, but json does not know them.
         plain = {key: value if isinstance(value, int | float) else float(value) for key, value in metrics.items()}
         self._write({"step": step, "time": time.time()}, plain)
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
-        """Write one event (see `Logger.event`)."""
+        """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
         nested = {key: value if isinstance(value, float) else _finite(value) for key, value in fields.items()}
         self._write({"step": step, "time": time.time(), "event": kind}, nested)
@@ -72,7 +72,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read a log back, with the NaN and infinities that JSON cannot hold; a torn last line is left out.
 
     Args:
-        path: a file written by `JSONLLogger`.
+        path: a file written by ``JSONLLogger``.
 
     Returns:
         The rows in the order they were written.

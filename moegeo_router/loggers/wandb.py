@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moegeo_router.loggers.base import check_event, check_metrics
+from .base import check_event, check_metrics
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -30,7 +30,7 @@ QUIET = {
 """Settings with which wandb records what it is given and nothing else."""
 
 FINISH_TIMEOUT_S = 60.0
-"""How long `close` waits for an upload; what is not uploaded by then stays on disk for `wandb sync`."""
+"""How long ``close`` waits for an upload; what is not uploaded by then stays on disk for ``wandb sync``."""
 
 
 class WandbLogger:
@@ -43,7 +43,7 @@ class WandbLogger:
     Args:
         project: wandb project.
         name: display name of the run; None lets wandb choose.
-        directory: folder in which wandb makes its own `wandb/`; made if missing.
+        directory: folder in which wandb makes its own ``wandb/``; made if missing.
         config: what the run was started with; nested mappings are fine.
         mode: "auto" is online when the user is logged in (WANDB_API_KEY, identity token, netrc or wandb's settings;
             decided without the network), else offline. The environment variable WANDB_MODE, if set, wins.
@@ -93,12 +93,12 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one row of numbers (see `Logger.log`)."""
+        """Write one row of numbers (see ``Logger.log``)."""
         check_metrics(metrics, step)
         self._run.log({"step": step, **metrics})
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
-        """Write one event (see `Logger.event`)."""
+        """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
         row = {f"event/{kind}/{key}": _scalar(value) for key, value in fields.items()}
         self._run.log({"step": step, f"event/{kind}": 1, **row})
@@ -166,7 +166,7 @@ def _start_offline(wandb: ModuleType, init: Mapping[str, Any], error: Exception)
 
 
 def _ask_server(url: str, timeout: float) -> None:
-    """Raise OSError if no server answers: asked before wandb is, because a failed `wandb.init` leaves its id in use."""
+    """Raise OSError if no server answers; asked first, because a failed ``wandb.init`` leaves its id in use."""
     try:
         urllib.request.urlopen(url, timeout=timeout).close()
     except urllib.error.HTTPError as answer:

@@ -49,7 +49,7 @@ def fsi(p: Tensor, normalized: bool = False) -> Tensor:
         A scalar.
 
     Raises:
-        ValueError: no tokens, no experts, or (checked on the CPU, where reading is free) not distributions.
+        ValueError: no tokens, no experts, or not distributions (checked on their mean, on the CPU only).
     """
     mean_E = _mean(p)
     distance = fisher_rao_distance(mean_E, uniform(mean_E.shape[-1], dtype=mean_E.dtype, device=mean_E.device))

@@ -6,11 +6,11 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from .find import RouterSite, Select, find_routers
 from .router import GeometricRouter
-from .tag import changes_function, put_on_manifold, refuse_zero_rows, take_off_manifold
+from .tag import changes_function, put_on_manifold, refuse_zero_rows, restore_tag, take_off_manifold
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -29,7 +29,11 @@ def geometrize(
     state-dict keys, module classes, ties and optimizer references. Rows that are zero keep the function too; they get
     a small random direction, drawn from the router's name, at their first polar step (a warning says so).
     ``"orthonormal"`` changes the values, ``"sphere"`` (the cosine router; ``nn.Linear`` routers only) also the forward:
-    both need ``allow_change=True``.
+    both need ``allow_change=True``. The cosine router has one more parameter, ``temperature_logit``: convert before the
+    optimizer is made.
+
+    ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters and so lose the geometry of a router that is
+    not a ``GeometricRouter``: call ``geometrize`` again after them.
 
     Args:
         model: any module with routers.
@@ -45,17 +49,15 @@ def geometrize(
     """
     sites = find_routers(model, select)
     _check_convertible(sites, manifold, allow_change)
-    # All temperatures before any weight changes: routers may share one.
-    cosine = {
-        site.name: GeometricRouter.from_linear(site.module, manifold="sphere", allow_change=True)
-        for site in sites
-        if manifold == "sphere" and type(site.module) is nn.Linear
-    }
+    temperatures: dict[Tensor, nn.Parameter] = {}  # routers that share a weight share its temperature
     for site in sites:
-        if site.name in cosine:
-            _make_cosine(site.module, cosine[site.name].temperature_logit)
-            continue
-        put_on_manifold(site.weight, manifold, seed=zlib.crc32(site.name.encode()), allow_change=allow_change)
+        if manifold == "sphere" and type(site.module) is nn.Linear:
+            _make_cosine(site.module, temperatures)
+        seed = zlib.crc32(site.name.encode())
+        if isinstance(site.module, GeometricRouter):
+            restore_tag(site.weight, manifold, seed=seed)
+        else:
+            put_on_manifold(site.weight, manifold, seed=seed, allow_change=allow_change)
         if manifold == "polar":
             _warn_of_zero_rows(site)
     return sites
@@ -76,16 +78,23 @@ def export(model: nn.Module, *, allow_change: bool = False) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: a cosine router without ``allow_change``; then nothing has been changed.
+        ValueError: a cosine router without ``allow_change``, or a subclass of ``GeometricRouter`` with a forward of its
+            own; then nothing has been changed.
     """
     routers = [(name, m) for name, m in model.named_modules() if isinstance(m, GeometricRouter)]
+    for name, router in routers:
+        if type(router).forward is not GeometricRouter.forward:
+            raise ValueError(
+                f"router {name}: {type(router).__name__} has a forward of its own that nn.Linear would lose"
+            )
     cosine = [name for name, m in routers if m.manifold == "sphere"]
     if cosine and not allow_change:
         raise ValueError(
             f"routers {', '.join(cosine)} normalise their input, nn.Linear does not: pass allow_change=True"
         )
+    folded: set[Tensor] = set()
     for _, router in routers:
-        _make_linear(router)
+        _make_linear(router, folded)
     for parameter in model.parameters():
         take_off_manifold(parameter)
     return model
@@ -100,10 +109,14 @@ def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: boo
         ok, reason = target.check_point(site.weight, explain=True)
         if not ok:
             raise ValueError(f"router {site.name}: {reason}")
+        if not bool(site.weight.isfinite().all()):
+            raise ValueError(f"router {site.name}: the weight holds NaN or inf")
         current = getattr(site.weight, "manifold", None)
-        if current is not None and type(current) is not type(target):
-            raise ValueError(f"router {site.name} is on {current.name} already: export(model) first")
-        already = current is not None
+        own = site.module.manifold if isinstance(site.module, GeometricRouter) else manifold
+        if (current is not None and type(current) is not type(target)) or own != manifold:
+            on = own if current is None else current.name
+            raise ValueError(f"router {site.name} is on {on} already: export(model) first")
+        already = current is not None or isinstance(site.module, GeometricRouter)
         if changes_function(manifold) and not already and not allow_change:
             raise ValueError(f"{manifold} rows change the function of router {site.name}: pass allow_change=True")
         if manifold == "sphere" and not already and type(site.module) is not nn.Linear:
@@ -125,19 +138,24 @@ def _warn_of_zero_rows(site: RouterSite) -> None:
         )
 
 
-def _make_cosine(linear: nn.Module, temperature_logit: nn.Parameter) -> None:
+def _make_cosine(linear: nn.Module, temperatures: dict[Tensor, nn.Parameter]) -> None:
     """Turn an ``nn.Linear`` in place into a cosine ``GeometricRouter``; its own weight tensor stays."""
     assert isinstance(linear, nn.Linear)
+    if linear.weight not in temperatures:
+        cosine = GeometricRouter.from_linear(linear, manifold="sphere", allow_change=True)
+        temperatures[linear.weight] = cosine.temperature_logit
     linear.__class__ = GeometricRouter
     object.__setattr__(linear, "manifold", "sphere")
-    linear.temperature_logit = temperature_logit
+    linear.temperature_logit = temperatures[linear.weight]
     put_on_manifold(linear.weight, "sphere", allow_change=True)
 
 
-def _make_linear(router: GeometricRouter) -> None:
+def _make_linear(router: GeometricRouter, folded: set[Tensor]) -> None:
     """Turn a ``GeometricRouter`` in place into the ``nn.Linear`` it equals; its own weight tensor stays."""
     if router.manifold == "sphere":
-        router.weight.data.copy_(router.to_linear(allow_change=True).weight)
+        if router.weight not in folded:
+            router.weight.data.copy_(router.to_linear(allow_change=True).weight)
+            folded.add(router.weight)
         del router.temperature_logit
     take_off_manifold(router.weight)
     del router.__dict__["manifold"]

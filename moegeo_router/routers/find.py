@@ -17,10 +17,9 @@ from torch import Tensor, nn
 Selector = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
 Select = Selector | Sequence[Selector] | None
 
-# Habits of the field: how code bases call the router, and where it keeps its projection if that is a module of its own.
+# Habits of the field: how code bases call the router.
 _CLASS_ENDINGS = ("MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")
 _LINEAR_NAMES = ("gate", "router", "wg")
-_PROJECTION_NAMES = ("classifier", "layer", "wg", "gate", "proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,9 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     """Return the routers of ``model`` in the order of its modules.
 
     Without ``select`` a module counts as a router if its class is called ``*Router*`` (or ``*MoEGate``, ``*TopKGate``,
-    …) and holds a 2-D weight, or if it is an ``nn.Linear`` called ``router`` or ``wg``, or one called ``gate`` beside
-    as many experts as it has outputs (a gate without experts beside it may be a gated MLP's).
+    …) and holds a 2-D weight or a linear layer (of several: the one as wide as the experts beside), or if it is an
+    ``nn.Linear`` called ``router`` or ``wg``, or one called ``gate`` beside as many experts as it has outputs (a gate
+    without experts beside it may be a gated MLP's).
 
     Args:
         model: any module.
@@ -79,7 +79,7 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     if not chosen:
         raise ValueError(_nothing_found(model, select))
     _check_every_selector(select, chosen)
-    return [_site(name, module) for name, module in chosen]
+    return [_site(model, name, module) for name, module in chosen]
 
 
 def _selectors(select: Select) -> Iterator[Selector]:
@@ -114,7 +114,7 @@ def _check_every_selector(select: Select, chosen: list[tuple[str, nn.Module]]) -
 def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     class_name = type(module).__name__
     if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
-        return _projection(module) is not None
+        return _projection(model, name, module) is not None
     parent_name, _, leaf = name.rpartition(".")
     if not isinstance(module, nn.Linear) or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
         return False
@@ -136,22 +136,25 @@ def _expert_counts(parent: nn.Module) -> set[int]:
     return counts
 
 
-def _projection(module: nn.Module) -> nn.Module | None:
+def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
+    """Return what holds a router's weight: itself, its only linear layer, or the one as wide as the experts beside."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.ndim == 2:
         return module
-    for name in _PROJECTION_NAMES:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Linear):
-            return child
-    return None
+    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    if len(linears) > 1:
+        counts = _expert_counts(model.get_submodule(name.rpartition(".")[0]))
+        linears = [child for child in linears if child.out_features in counts]
+    return linears[0] if len(linears) == 1 else None
 
 
-def _site(name: str, module: nn.Module) -> RouterSite:
-    projection = _projection(module)
+def _site(model: nn.Module, name: str, module: nn.Module) -> RouterSite:
+    projection = _projection(model, name, module)
     if projection is None:
+        linears = [child for child, m in module.named_children() if isinstance(m, nn.Linear)]
         raise ValueError(
-            f"{name} ({type(module).__name__}) has no (E, D) weight and no linear layer that could be a router's"
+            f"router {name} ({type(module).__name__}) has no (E, D) weight, nor one linear layer that must be its own "
+            f"(found: {', '.join(linears) or 'none'}); select the layer itself"
         )
     weight: object = projection.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:

@@ -6,15 +6,16 @@ Shape legend: D width, E experts; any leading dimensions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.simplex import widen
-from .tag import changes_function, put_on_manifold, refuse_zero_rows
+from .tag import changes_function, put_on_manifold, refuse_zero_rows, restore_tag
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -107,10 +108,12 @@ class GeometricRouter(nn.Linear):
         """Return the logits (..., E) of inputs (..., D), in the dtype ``nn.Linear`` would return.
 
         Raises:
-            ValueError: the last dimension is not D.
+            ValueError: the last dimension is not D, or integer inputs.
         """
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the router expects inputs (..., {self.in_features}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"the router expects floating point inputs, got {x.dtype}")
         if self.manifold != "sphere":
             return super().forward(x)
         dtype, full_precision = _outside_autocast(x)
@@ -119,6 +122,15 @@ class GeometricRouter(nn.Linear):
             cosine = F.linear(_direction(widen(x)), _direction(widen(self.weight)))
             logits = cosine / self.temperature
             return (logits if self.bias is None else logits + widen(self.bias)).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        restore_tag(self.weight, self.manifold)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        restore_tag(self.weight, self.manifold)
 
     @classmethod
     def from_linear(

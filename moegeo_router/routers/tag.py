@@ -37,8 +37,6 @@ def put_on_manifold(parameter: Tensor, name: str, *, seed: int = 0, allow_change
         ValueError: unknown manifold, a shape it cannot hold, a parameter that is on another manifold, or values that
             would change without ``allow_change``.
     """
-    from geoopt import ManifoldParameter
-
     from ..geometry.rows import router_manifold
 
     manifold = router_manifold(name, seed)
@@ -54,6 +52,23 @@ def put_on_manifold(parameter: Tensor, name: str, *, seed: int = 0, allow_change
         if not allow_change:
             raise ValueError(f"{name} rows change the function of a given weight: pass allow_change=True")
         parameter.copy_(manifold.projx(parameter))
+    _tag(parameter, manifold)
+
+
+def restore_tag(parameter: Tensor, name: str, *, seed: int = 0) -> None:
+    """Tag ``parameter`` again, whose values are on the manifold called ``name`` already; nothing if it is tagged.
+
+    ``to_empty`` and ``load_state_dict(assign=True)`` put a new, plain parameter in the place of the tagged one.
+    """
+    from ..geometry.rows import router_manifold
+
+    if getattr(parameter, "manifold", None) is None:
+        _tag(parameter, router_manifold(name, seed))
+
+
+def _tag(parameter: Tensor, manifold: nn.Module) -> None:
+    from geoopt import ManifoldParameter
+
     parameter.__class__ = ManifoldParameter
     parameter.manifold = manifold  # type: ignore[attr-defined]
 

@@ -381,3 +381,12 @@ def test_geoopt_is_imported_only_for_the_manifolds() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         getattr(sys.modules["moegeo_router.geometry"], "Nothing")  # noqa: B009
+
+
+@pytest.mark.parametrize("manifold", [PolarRows(), UnitRows(), OrthonormalRows()], ids=lambda m: m.name)
+def test_half_precision_is_computed_in_single_and_rounded_once(manifold):
+    x = manifold.projx(torch.randn(4, 16)).bfloat16()
+    u = manifold.proju(x, 0.3 * torch.randn(4, 16).bfloat16())
+    for step in (manifold.retr, manifold.expmap):
+        assert torch.equal(step(x, u), step(x.float(), u.float()).bfloat16())
+    assert manifold.inner(x, u).dtype == torch.float32

@@ -1,6 +1,5 @@
 import http.server
 import math
-import socket
 import statistics
 import sys
 import threading
@@ -25,34 +24,12 @@ class Refusal(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def port():
-    """A port of this machine on which nobody answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def refusing_server(port):
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Refusal) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
         server.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _isolated_wandb(tmp_path_factory, port):
-    """Nobody is logged in, and no server of the outside world can be reached; set before wandb reads it, once."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
-            patch.delenv(name, raising=False)
-        patch.setenv("NETRC", str(home / "netrc"))
-        patch.setenv("WANDB_CONFIG_DIR", str(home))
-        patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("WANDB_ERROR_REPORTING", "false")
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -310,10 +310,60 @@ def test_a_module_selects_itself():
     assert [site.name for site in find_routers(model.layers[4], [model.layers[4].routing])] == ["routing"]
 
 
-def test_tied_routers_become_cosine_routers_with_one_temperature():
+def tied_pair():
     first, second = nn.Linear(8, 4), nn.Linear(8, 4)
     second.weight = first.weight
-    model = nn.ModuleDict({"a": nn.ModuleDict({"router": first}), "b": nn.ModuleDict({"router": second})})
+    return first, second, nn.ModuleDict({"a": nn.ModuleDict({"router": first}), "b": nn.ModuleDict({"router": second})})
+
+
+def test_tied_routers_become_cosine_routers_with_one_temperature():
+    first, second, model = tied_pair()
     geometrize(model, "sphere", allow_change=True)
     assert first.weight is second.weight
-    assert torch.equal(first.temperature, second.temperature)
+    assert first.temperature_logit is second.temperature_logit
+
+
+def test_tied_cosine_routers_are_exported_once():
+    first, second, model = tied_pair()
+    geometrize(model, "sphere", allow_change=True)
+    with torch.no_grad():
+        first.temperature_logit.add_(1.0)
+    x = nn.functional.normalize(torch.randn(5, 8), dim=-1) * math.sqrt(8)
+    expected = first(x), second(x)
+    export(model, allow_change=True)
+    assert first.weight is second.weight
+    torch.testing.assert_close((first(x), second(x)), expected)
+
+
+def test_export_refuses_a_forward_it_would_lose():
+    class Shifted(GeometricRouter):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.ModuleDict({"plain": GeometricRouter(8, 4), "shifted": Shifted(8, 4)})
+    with pytest.raises(ValueError, match="router shifted: Shifted has a forward of its own"):
+        export(model)
+    assert type(model["plain"]) is GeometricRouter
+
+
+def test_non_finite_weights_are_refused():
+    model = nn.ModuleDict({"router": nn.Linear(8, 4)})
+    with torch.no_grad():
+        model["router"].weight[1, 2] = math.nan
+    with pytest.raises(ValueError, match="router router: the weight holds NaN or inf"):
+        geometrize(model)
+    assert type(model["router"].weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("manifold", ["polar", "sphere", "orthonormal", "euclidean"])
+def test_geometrize_again_repairs_a_lost_tag(manifold):
+    model = nn.ModuleDict({"router": GeometricRouter(8, 4, manifold=manifold)})
+    values = model["router"].weight.detach().clone()
+    model["router"].weight = nn.Parameter(values.clone())  # as a sharding engine does
+    geometrize(model, manifold)
+    assert manifold_of(model["router"].weight) is not None
+    assert torch.equal(model["router"].weight, values)
+    model["router"].weight = nn.Parameter(values.clone())
+    other = "polar" if manifold != "polar" else "euclidean"
+    with pytest.raises(ValueError, match=f"router router is on {manifold} already"):
+        geometrize(model, other)

@@ -111,7 +111,7 @@ def test_selectors_of_another_type():
 
 
 def test_a_selected_module_must_have_a_weight():
-    with pytest.raises(ValueError, match=r"act \(ReLU\) has no \(E, D\) weight and no linear layer"):
+    with pytest.raises(ValueError, match=r"act \(ReLU\) has no \(E, D\) weight, nor one linear layer"):
         find_routers(block(act=nn.ReLU()), "act")
     with pytest.raises(ValueError, match="weight of router gate is on the meta device: materialise the model first"):
         find_routers(block(gate=nn.Linear(D, E, device="meta"), experts=experts()))
@@ -127,3 +127,19 @@ def test_what_is_inside_a_router_is_not_another_one():
     # A name that merely starts alike is not inside.
     twins = block(router=linear(), router2=of_class("SecondRouter", layer=linear()))
     assert [site.name for site in find_routers(twins)] == ["router", "router2"]
+
+
+def test_the_linear_layer_of_a_router_is_found_whatever_its_name():
+    gate = of_class("MyRouter", linear=nn.Linear(D, E))
+    assert find_routers(block(select=gate))[0].projection is gate.linear
+    assert find_routers(block(anything=gate), "anything")[0].projection is gate.linear
+
+
+def test_of_several_linear_layers_the_one_as_wide_as_the_experts_is_taken_or_none():
+    gate = of_class("MLPRouter", proj=nn.Linear(D, 32), out=nn.Linear(32, E))
+    (site,) = find_routers(block(gate=gate, experts=experts()))
+    assert site.projection is gate.out
+    with pytest.raises(ValueError, match="no router found"):
+        find_routers(block(gate=gate))
+    with pytest.raises(ValueError, match=r"found: proj, out\); select the layer itself"):
+        find_routers(block(gate=gate), "gate")

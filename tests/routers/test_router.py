@@ -401,3 +401,17 @@ def test_from_linear_refuses_a_forward_of_its_own():
 
     with pytest.raises(TypeError, match="Gate has a forward of its own"):
         GeometricRouter.from_linear(Gate(D, E))
+
+
+def test_integer_input_is_refused(manifold):
+    with pytest.raises(ValueError, match=r"floating point inputs, got torch\.int64"):
+        GeometricRouter(D, E, manifold=manifold)(torch.zeros(2, D, dtype=torch.int64))
+
+
+def test_replaced_parameters_come_back_to_their_manifold(manifold):
+    router = GeometricRouter(D, E, manifold=manifold)
+    values = {name: value.clone() for name, value in router.state_dict().items()}
+    router.load_state_dict(values, assign=True)
+    assert type(manifold_of(router.weight)).__name__ == NAMES[manifold]
+    assert torch.equal(router.weight, values["weight"])
+    assert manifold_of(router.to_empty(device="cpu").weight) is not None

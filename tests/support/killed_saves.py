@@ -1,7 +1,7 @@
-"""Kill a process with SIGKILL before each of its filesystem operations in `checkpoint.save`, one after the other.
+"""Kill a process with SIGKILL before each of its filesystem operations in ``checkpoint.save``, one after the other.
 
-`python -m tests.support.killed_saves FOLDER STEP KEEP` starts each round from intact checkpoints of steps 1 and 2,
-lets a forked child save STEP until its n-th operation, and prints one JSON line a round: what `latest` finds
+``python -m tests.support.killed_saves FOLDER STEP KEEP`` starts each round from intact checkpoints of steps 1 and 2,
+lets a forked child save STEP until its n-th operation, and prints one JSON line a round: what ``latest`` finds
 afterwards, the damaged checkpoints, and the folders left by the next save. It ends with the first round in which the
 child was not killed.
 """

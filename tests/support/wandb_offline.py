@@ -1,7 +1,7 @@
-"""Read an offline run of wandb 0.31 back from its `run-ID.wandb` file, without wandb's own (slow) command.
+"""Read an offline run of wandb 0.31 back from its ``run-ID.wandb`` file, without wandb's own (slow) command.
 
 The file is a LevelDB log behind a 7-byte header: blocks of 32 KiB, in them chunks of (crc32, length, type, data),
-where a record is one full chunk or a first, some middle and a last one. Each record is a protobuf `Record`.
+where a record is one full chunk or a first, some middle and a last one. Each record is a protobuf ``Record``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def read_finished_run(path: Path, timeout_s: float = 10.0) -> OfflineRun:
-    """Read a run that was finished: wandb's service writes the end of the file just after `finish` returned."""
+    """Read a run that was finished: wandb's service writes the end of the file just after ``finish`` returned."""
     deadline = time.monotonic() + timeout_s
     while (run := read_run(path)).exit_code is None:
         assert time.monotonic() < deadline, f"{path} did not end within {timeout_s} s"

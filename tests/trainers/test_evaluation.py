@@ -220,3 +220,17 @@ def test_scalars_by_name():
     assert every["valid/domain/go/loss"] == 1.25
     assert every["valid/geometry/layer1/dead_experts"] == 2.0
     assert len(every) == len(flat) + 1 + 8
+
+
+def test_mode_is_restored_even_if_the_data_fail():
+    data = _text()
+    model = _language(data)
+
+    def broken():
+        raise OSError("the disk is gone")
+        yield
+
+    data.valid_batches = broken
+    with pytest.raises(OSError, match="the disk is gone"):
+        evaluate(model, data, CPU)
+    assert model.training

@@ -342,3 +342,25 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path):
 def test_values_out_of_range_are_refused(option, value, message):
     with pytest.raises(ValueError, match=message):
         LoopConfig(**{option: value})
+
+
+def test_whatever_stops_a_run_its_last_step_is_saved(tmp_path):
+    trainer = _trainer(tmp_path)
+    batch = trainer.data.train_batch
+    trainer.data.train_batch = lambda step: (
+        _padded(batch(step), torch.zeros(4, 16, dtype=bool)) if step == 5 else batch(step)
+    )
+    with pytest.raises(ValueError, match="step 5: the batch has no targets"):
+        trainer.run(Silent())
+    saved, damaged = checkpoint.latest(tmp_path / "checkpoints")
+    assert (saved.step, damaged) == (5, [])
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    trainer = _trainer(tmp_path)
+    torch.rand(3)
+    saved = checkpoint.load(trainer.save())
+    expected = torch.rand(5)
+    other = _trainer(tmp_path / "other")
+    other.restore(saved)
+    assert torch.equal(torch.rand(5), expected)

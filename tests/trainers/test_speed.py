@@ -1,4 +1,4 @@
-"""The speed table: pairs, ratios and verdicts; the speeds themselves are for `make bench`, not for a test."""
+"""The speed table: pairs, ratios and verdicts; the speeds themselves are for ``make bench``, not for a test."""
 
 import time
 

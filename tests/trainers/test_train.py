@@ -170,6 +170,13 @@ def test_other_settings_in_a_run_folder_are_named_and_nothing_is_touched(finishe
     assert snapshot(finished) == before
 
 
+def test_a_setting_that_came_later_does_not_lock_an_older_run(finished):
+    saved = checkpoint.latest(finished / "checkpoints")[0]
+    del saved.meta["config"]["loop"]["fsi_weight"]
+    checkpoint.save(finished / "checkpoints", saved)
+    train(configuration(*tiny_overrides(finished)))
+
+
 def test_another_corpus_is_refused_before_anything_is_touched(tmp_path, capsys):
     text = write_texts(tmp_path / "text", "one two three")
     command = tiny_overrides(tmp_path / "run", f"data.path={text}", task="folder")
@@ -247,6 +254,7 @@ BAD = {
     "data.length=5000": "take a smaller length or more text",
     "loop.warmup=-1": "loop.warmup must be at least 0, got -1",
     "+loop.stepz=5": "stepz",
+    "name=../elsewhere": "name must be letters, digits, '.', '_' or '-', got '../elsewhere'",
     "model=vision": "this model needs data of task vision, e.g. data=digits; planted is of task language",
 }
 

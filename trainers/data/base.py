@@ -34,10 +34,10 @@ class Batch:
     documents: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; copies are asynchronous where the memory is pinned.
+        """The same batch on ``device``; copies are asynchronous where the memory is pinned.
 
         Args:
-            device: as `Tensor.to` takes it.
+            device: as ``Tensor.to`` takes it.
 
         Returns:
             A new batch; self if it is there already.
@@ -52,7 +52,7 @@ class Baseline:
     Args:
         name: the model, with its constants, e.g. "bigram, add-0.01".
         loss: mean held-out cross-entropy in nats a target (token or image), on exactly the targets of
-            `valid_batches`.
+            ``valid_batches``.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Baseline:
 class Data(Protocol):
     """A data set as the training loop sees it.
 
-    `name`, `task` ("language" or "vision") and `domains` (names; domain ids index them) say what it is;
-    `batch_size` is the rows of every batch; `fingerprint` is the sha256 of the corpus and of all that shapes
+    ``name``, ``task`` ("language" or "vision") and ``domains`` (names; domain ids index them) say what it is;
+    ``batch_size`` is the rows of every batch; ``fingerprint`` is the sha256 of the corpus and of all that shapes
     its content (tokenizer, split), not of how it is cut into batches.
     """
 
@@ -74,7 +74,7 @@ class Data(Protocol):
     fingerprint: str
 
     def train_batch(self, step: int) -> Batch:
-        """The training batch of `step`, a pure function of (seed, step): resuming needs only the step."""
+        """The training batch of ``step``, a pure function of (seed, step): resuming needs only the step."""
         ...
 
     def valid_batches(self) -> Iterator[Batch]:
@@ -82,7 +82,7 @@ class Data(Protocol):
         ...
 
     def baseline(self) -> Baseline:
-        """The trivial model's held-out loss on the targets of `valid_batches`."""
+        """The trivial model's held-out loss on the targets of ``valid_batches``."""
         ...
 
     def describe(self) -> str:
@@ -93,8 +93,8 @@ class Data(Protocol):
 class LanguageData(Data, Protocol):
     """Data of task "language".
 
-    `length` is L; `bytes_per_token` is measured on the held-out split (each end-of-document token counts as
-    one byte), so bits per byte = nats per token / (ln 2 * bytes_per_token); `tokenizer_json` rebuilds the
+    ``length`` is L; ``bytes_per_token`` is measured on the held-out split (each end-of-document token counts as
+    one byte), so bits per byte = nats per token / (ln 2 * bytes_per_token); ``tokenizer_json`` rebuilds the
     tokenizer, None for bytes.
     """
 
@@ -105,7 +105,7 @@ class LanguageData(Data, Protocol):
 
 
 class VisionData(Data, Protocol):
-    """Data of task "vision"; `image_shape` is (C, H, W)."""
+    """Data of task "vision"; ``image_shape`` is (C, H, W)."""
 
     num_classes: int
     image_shape: tuple[int, int, int]
@@ -147,7 +147,7 @@ def fingerprint(parts: Iterable[Tensor | str]) -> str:
 
 
 def held_out(items: Sequence[tuple[str, str]], fraction: float) -> list[bool]:
-    """Which items go to validation: within each domain those whose name hashes below `fraction`.
+    """Which items go to validation: within each domain those whose name hashes below ``fraction``.
 
     The hash u in [0, 1) is of the name alone. So an item stays on its side when the corpus grows, and items
     of one name in different domains (the code and the comments of one file) go the same way. A domain of two
@@ -182,7 +182,7 @@ def held_out(items: Sequence[tuple[str, str]], fraction: float) -> list[bool]:
 
 
 def require_integer(name: str, value: object, minimum: int) -> int:
-    """`value`, if it is an integer of at least `minimum`.
+    """``value``, if it is an integer of at least ``minimum``.
 
     Args:
         name: the argument's name, for the message.

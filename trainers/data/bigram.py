@@ -14,7 +14,7 @@ def pair_counts(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Count the pairs of neighbouring tokens.
 
     Args:
-        tokens: (N,) ids below `vocab_size`.
+        tokens: (N,) ids below ``vocab_size``.
         vocab_size: V.
 
     Returns:
@@ -30,9 +30,9 @@ def pair_counts(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def bigram_loss(train: Tensor, inputs: Tensor, targets: Tensor, vocab_size: int) -> tuple[float, float]:
-    """Held-out cross-entropy of the add-α bigram model fitted on `train`.
+    """Held-out cross-entropy of the add-α bigram model fitted on ``train``.
 
-    p(b | a) = (c(a, b) + α) / (c(a) + α V), with c(a) = Σ_b c(a, b). α is the one of `ALPHAS` with the best
+    p(b | a) = (c(a, b) + α) / (c(a) + α V), with c(a) = Σ_b c(a, b). α is the one of ``ALPHAS`` with the best
     leave-one-out likelihood on the train pairs, Σ c(a, b) log((c(a, b) - 1 + α) / (c(a) - 1 + α V)): nothing
     held out is looked at.
 

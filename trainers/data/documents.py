@@ -29,7 +29,7 @@ class Document:
 
 
 def split_documents(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Split a corpus by document, in every domain alike (see `held_out`).
+    """Split a corpus by document, in every domain alike (see ``held_out``).
 
     Args:
         documents: the corpus.
@@ -71,7 +71,7 @@ def cut(text: str, domain: str, name: str, size: int = 16384) -> Iterator[Docume
 
 
 def take(documents: Iterable[Document], size: int | None) -> Iterator[Document]:
-    """The first documents, until they hold `size` bytes.
+    """The first documents, until they hold ``size`` bytes.
 
     Args:
         documents: any number of documents, also without end.

@@ -48,9 +48,9 @@ def stdlib(*, max_bytes: int = 6_000_000, valid_fraction: float = 0.05, **text: 
     The code, docstrings and comments of one file have one name, so they fall on the same side of the split.
 
     Args:
-        max_bytes: size of the corpus; every domain is cut at its share of it (`SHARES`).
+        max_bytes: size of the corpus; every domain is cut at its share of it (``SHARES``).
         valid_fraction: share of the documents held out, in each domain.
-        **text: the options of `TextData`.
+        **text: the options of ``TextData``.
 
     Returns:
         The data set "stdlib".
@@ -64,7 +64,7 @@ def stdlib(*, max_bytes: int = 6_000_000, valid_fraction: float = 0.05, **text: 
 
 
 def stdlib_documents(folder: Path, max_bytes: int) -> Iterator[Document]:
-    """The corpus of `stdlib`: the same for the same folder.
+    """The corpus of ``stdlib``: the same for the same folder.
 
     Args:
         folder: the standard library's folder.
@@ -193,7 +193,7 @@ def generate(domain: str, line: Callable[[random.Random], str]) -> Iterator[Docu
         line: draws one line.
 
     Yields:
-        Documents of about `GENERATED_DOCUMENT_BYTES`.
+        Documents of about ``GENERATED_DOCUMENT_BYTES``.
     """
     for index in itertools.count():
         source = random.Random(f"{domain} {index}")

@@ -20,14 +20,14 @@ def folder(
     """The text files under a folder; the top-level subfolder is the domain, "." for files at the root.
 
     Long files are cut at line ends into documents of some 16,000 characters, so that a single large file can
-    be split. Files that are not utf-8 text are left out; `describe` says how many. Empty ones and hidden ones
+    be split. Files that are not utf-8 text are left out; ``describe`` says how many. Empty ones and hidden ones
     are left out too.
 
     Args:
         path: the folder.
         extensions: the endings of the files to read, with their dots.
         valid_fraction: share of each domain's documents held out.
-        **text: the options of `TextData`.
+        **text: the options of ``TextData``.
 
     Returns:
         The data set "folder".

@@ -124,7 +124,7 @@ class ImageData:
             yield self._batch(self._valid, torch.cat([index, padding]), mask_B)
 
     def baseline(self) -> Baseline:
-        """The class prior: p(c) = (n_c + 1) / (N + classes) of the train split, on the images of `valid_batches`.
+        """The class prior: p(c) = (n_c + 1) / (N + classes) of the train split, on the images of ``valid_batches``.
 
         Returns:
             Its loss in nats an image.

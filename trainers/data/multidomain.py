@@ -26,7 +26,7 @@ def multidomain(*, root: str | None = None, valid_fraction: float = 0.05, **text
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
         valid_fraction: share of each domain's documents held out; the sets' own splits are not used.
-        **text: the options of `TextData`.
+        **text: the options of ``TextData``.
 
     Returns:
         The data set "multidomain".
@@ -40,7 +40,7 @@ def multidomain(*, root: str | None = None, valid_fraction: float = 0.05, **text
 
 
 def multidomain_documents(root: str | None) -> Iterator[Document]:
-    """The corpus of `multidomain`.
+    """The corpus of ``multidomain``.
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.

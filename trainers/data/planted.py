@@ -1,7 +1,7 @@
 """Data whose domains are known because we made them: Markov sources and image clusters.
 
-The ground truth a router can be measured against: `domains` is the source (cluster) of every token (image),
-and `PlantedText.entropy` is the loss no model can beat. Shapes: S sources, A symbols, D documents, K
+The ground truth a router can be measured against: ``domains`` is the source (cluster) of every token (image),
+and ``PlantedText.entropy`` is the loss no model can beat. Shapes: S sources, A symbols, D documents, K
 clusters.
 """
 
@@ -27,8 +27,8 @@ class PlantedText(TokenData):
     Source s moves from symbol a to b with probability P_s(b | a); each row P_s(. | a) is drawn from a
     symmetric Dirichlet distribution. A document begins in the source's stationary distribution π_s. All
     sources use all symbols, so the source shows only in the transitions. Tokens 1 to A are the symbols, token
-    0 ends a document. The pooled bigram model of `baseline` mixes the sources' rows: a model that finds out
-    the source goes below it, down to `entropy`.
+    0 ends a document. The pooled bigram model of ``baseline`` mixes the sources' rows: a model that finds out
+    the source goes below it, down to ``entropy``.
 
     Args:
         sources: S.
@@ -141,7 +141,7 @@ def draw_transitions(sources: int, alphabet: int, concentration: float, seed: in
         seed: of the rows.
 
     Returns:
-        (S, A, A) float64, rows summing to 1, no entry below about `FLOOR`.
+        (S, A, A) float64, rows summing to 1, no entry below about ``FLOOR``.
     """
     # torch's Dirichlet takes no generator.
     numbers = np.random.default_rng(generator(seed, "sources", 0).initial_seed())

@@ -20,7 +20,7 @@ from trainers.data.tokenizers import Tokenizer, build_tokenizer
 
 
 class TextOptions(TypedDict, total=False):
-    """The options of every text source, as `TextData` takes them."""
+    """The options of every text source, as ``TextData`` takes them."""
 
     batch_size: int
     length: int
@@ -123,7 +123,7 @@ class TokenData:
     """Language data over token streams; what all text and planted sources share.
 
     Train batches are windows at uniformly random places of the train stream. They may span documents:
-    attention is not blocked there, `documents` and `domains` say which token is whose.
+    attention is not blocked there, ``documents`` and ``domains`` say which token is whose.
 
     Args:
         name: the data set's name.
@@ -219,7 +219,7 @@ class TokenData:
             yield self._valid.windows(torch.cat([first, padding]), self.length)
 
     def baseline(self) -> Baseline:
-        """The add-α bigram model fitted on train, on exactly the targets of `valid_batches` (see `bigram_loss`).
+        """The add-α bigram model fitted on train, on exactly the targets of ``valid_batches`` (see ``bigram_loss``).
 
         Returns:
             Its name with α, and its loss in nats a token.
@@ -267,7 +267,7 @@ class TextData(TokenData):
         tokenizer: "bytes", "bpe" (byte-level, fitted on the train split), or the path of a saved
             tokenizer.json.
         vocab_size: tokens in all; "bpe" needs it, elsewhere it must agree if given.
-        note: what else `describe` should say.
+        note: what else ``describe`` should say.
 
     Raises:
         ValueError: if an option is out of range, a document holds byte 0, or a split is too short for one

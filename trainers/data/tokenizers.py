@@ -13,7 +13,7 @@ from torch import Tensor
 class Tokenizer(Protocol):
     """Turns a document into tokens.
 
-    `end_of_document` is an id no text can produce; `json` rebuilds the tokenizer, None where there is nothing
+    ``end_of_document`` is an id no text can produce; ``json`` rebuilds the tokenizer, None where there is nothing
     to keep.
     """
 
@@ -48,12 +48,12 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-level BPE of the `tokenizers` library plus one id, the last, that ends a document.
+    """A byte-level BPE of the ``tokenizers`` library plus one id, the last, that ends a document.
 
     That id is not a token of the BPE, so that no text, whatever it contains, can produce it.
 
     Args:
-        json: the serialized `tokenizers.Tokenizer`.
+        json: the serialized ``tokenizers.Tokenizer``.
 
     Raises:
         ValueError: if the JSON is not a tokenizer.

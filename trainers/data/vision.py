@@ -22,7 +22,7 @@ TRAIN_FILES, TEST_FILES = 25, 10
 
 
 class ImageOptions(TypedDict, total=False):
-    """The options of every real image set, as `ImageData` takes them."""
+    """The options of every real image set, as ``ImageData`` takes them."""
 
     batch_size: int
     seed: int
@@ -37,7 +37,7 @@ def image_data(name: str, train: Images, valid: Images, classes: tuple[str, ...]
         train: the train split.
         valid: the held-out split.
         classes: the names of the classes.
-        options: of `ImageData`; by default batches of 64, seed 0, and the whole held-out split.
+        options: of ``ImageData``; by default batches of 64, seed 0, and the whole held-out split.
 
     Returns:
         The data set.
@@ -78,7 +78,7 @@ def digits(*, valid_fraction: float = 0.2, **options: Unpack[ImageOptions]) -> I
 
     Args:
         valid_fraction: share of each class held out.
-        **options: of `ImageData`.
+        **options: of ``ImageData``.
 
     Returns:
         The data set "digits".
@@ -100,7 +100,7 @@ def fashion_mnist(*, root: str | None = None, **options: Unpack[ImageOptions]) -
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
-        **options: of `ImageData`.
+        **options: of ``ImageData``.
 
     Returns:
         The data set "fashion_mnist".
@@ -149,7 +149,7 @@ def cifar10(*, root: str | None = None, **options: Unpack[ImageOptions]) -> Imag
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
-        **options: of `ImageData`.
+        **options: of ``ImageData``.
 
     Returns:
         The data set "cifar10 (first half of train)".

@@ -29,7 +29,7 @@ def enwiki(
         root: folder of the data sets; None reads MOEGEO_DATA.
         max_bytes: how much of the train split to read, 69 MB in all; None for all.
         split: the held-out split, "valid" or "test".
-        **text: the options of `TextData`.
+        **text: the options of ``TextData``.
 
     Returns:
         The data set "enwiki", of one domain.
@@ -46,7 +46,7 @@ def enwiki(
 
 
 def articles(root: str | None, split: str) -> Iterator[Document]:
-    """The articles of a split of enwiki-2015, `<doc id="…" …>` lines to `</doc>` lines, without these.
+    """The articles of a split of enwiki-2015, ``<doc id="…" …>`` lines to ``</doc>`` lines, without these.
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
@@ -85,14 +85,14 @@ def wikitext2(
     valid_tokens: int | None = 65536,
     tokenizer: str = "bytes",
 ) -> TextData:
-    """WikiText-2 to evaluate on, from wikitext-2/wiki.*.tokens.xz: the text as it is, `<unk>` and ` @-@ ` included.
+    """WikiText-2 to evaluate on, from wikitext-2/wiki.*.tokens.xz: the text as it is, ``<unk>`` and `` @-@ `` included.
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
         split: "valid" or "test".
-        batch_size: as in `TextData`.
-        length: as in `TextData`.
-        valid_tokens: as in `TextData`.
+        batch_size: as in ``TextData``.
+        length: as in ``TextData``.
+        valid_tokens: as in ``TextData``.
         tokenizer: the trained model's: "bytes" or the path of its JSON.
 
     Returns:
@@ -116,7 +116,7 @@ def wikitext2(
 
 
 def wikitext_articles(lines: list[str]) -> Iterator[Document]:
-    """Cut WikiText at the headings of articles: a line ` = Title = ` between blank lines.
+    """Cut WikiText at the headings of articles: a line `` = Title = `` between blank lines.
 
     Args:
         lines: the lines of a split.

@@ -15,7 +15,7 @@ ExpertFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tens
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """One expert, `(silu(x w_gate) ⊙ (x w_up)) w_down`; leading dimensions are batched as in torch.matmul.
+    """One expert, ``(silu(x w_gate) ⊙ (x w_up)) w_down``; leading dimensions are batched as in torch.matmul.
 
     Args:
         x: (..., n, D) rows.
@@ -30,7 +30,7 @@ def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 
 def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """The definition, `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`, one expert after the other.
+    """The definition, ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``, one expert after the other.
 
     Args:
         x_TD: tokens.
@@ -52,11 +52,11 @@ def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up:
 
 
 def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """`loop` over tokens sorted by expert: one gather, one scatter, contiguous slices between.
+    """``loop`` over tokens sorted by expert: one gather, one scatter, contiguous slices between.
 
     The fastest on a CPU, where torch's grouped product is itself a loop over groups: here an expert's rows stay
     in the cache through its three products. Reads the counts back to the host, which would stall an accelerator.
-    Arguments and result as in `loop`.
+    Arguments and result as in ``loop``.
     """
     order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
     slices = x_TD.index_select(0, rows_N).split(counts_E.tolist())
@@ -67,9 +67,9 @@ def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up
 
 
 def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """`loop` as three grouped products (`torch.nn.functional.grouped_mm`) over tokens sorted by expert.
+    """``loop`` as three grouped products (``torch.nn.functional.grouped_mm``) over tokens sorted by expert.
 
-    Never reads back to the host; no token is padded or dropped. Arguments and result as in `loop`.
+    Never reads back to the host; no token is padded or dropped. Arguments and result as in ``loop``.
 
     Raises:
         ValueError: a dtype or a width that torch's grouped product does not take.
@@ -88,9 +88,9 @@ def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_
 
 
 def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """`loop` as three batched products: each expert padded to the fullest one, no token dropped.
+    """``loop`` as three batched products: each expert padded to the fullest one, no token dropped.
 
-    Works for every dtype and device; wasteful when the load is skewed. Arguments and result as in `loop`.
+    Works for every dtype and device; wasteful when the load is skewed. Arguments and result as in ``loop``.
     """
     num_experts, dim = w_gate.shape[:2]
     order_N, rows_N, counts_E = _sort_by_expert(ids_TK, num_experts)
@@ -106,7 +106,7 @@ def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_
 
 
 def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """The fastest of the others for this device, dtype and width. Arguments and result as in `loop`."""
+    """The fastest of the others for this device, dtype and width. Arguments and result as in ``loop``."""
     if x_TD.device.type == "cpu":
         function = split
     elif x_TD.dtype is torch.bfloat16 and _grouped_mm_takes(x_TD, w_gate):
@@ -117,7 +117,7 @@ def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up:
 
 
 class SwiGLUExperts(nn.Module):
-    """E SwiGLU experts over stacked weights; `forward` gives each token the gated sum of its chosen experts.
+    """E SwiGLU experts over stacked weights; ``forward`` gives each token the gated sum of its chosen experts.
 
     Args:
         num_experts: E ≥ 1.
@@ -126,7 +126,7 @@ class SwiGLUExperts(nn.Module):
         compute: "auto", "split", "grouped", "batched" or "loop": the same function, computed differently.
 
     Raises:
-        ValueError: a size below 1 or an unknown `compute`.
+        ValueError: a size below 1 or an unknown ``compute``.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden: int, compute: str = "auto") -> None:
@@ -150,7 +150,7 @@ class SwiGLUExperts(nn.Module):
         nn.init.normal_(self.w_down, std=out_std)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        """Compute `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`.
+        """Compute ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``.
 
         Args:
             x_TD: tokens.

@@ -13,7 +13,7 @@ class LanguageModel(nn.Module):
 
     Args:
         vocab_size: V ≥ 1.
-        router: makes a router from (dim, num_experts), e.g. `moegeo_router.GeometricRouter`.
+        router: makes a router from (dim, num_experts), e.g. ``moegeo_router.GeometricRouter``.
         dim: D, width of the residual stream.
         layers: number of blocks.
         heads: attention heads; dim / heads is even.
@@ -25,7 +25,7 @@ class LanguageModel(nn.Module):
         tied: the head's weight is the embedding.
         renormalize: the gates of a token's chosen experts sum to 1.
         scores: "softmax" or "sigmoid".
-        experts: how the experts are computed (see `trainers.models.experts`).
+        experts: how the experts are computed (see ``trainers.models.experts``).
 
     Raises:
         ValueError: a size that does not fit; the message names it.
@@ -78,13 +78,13 @@ class LanguageModel(nn.Module):
         """Predict the next token at every position.
 
         Args:
-            tokens_BL: int64 ids in [0, V), at most `length` of them a row.
+            tokens_BL: int64 ids in [0, V), at most ``length`` of them a row.
 
         Returns:
             logits (B, L, V) and the routing of each MoE layer over T = B·L tokens.
 
         Raises:
-            ValueError: tokens that are not (B, L), or longer than `length`.
+            ValueError: tokens that are not (B, L), or longer than ``length``.
         """
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] > self.length:
             raise ValueError(f"tokens must be (B, L) with L at most {self.length}, got {tuple(tokens_BL.shape)}")

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: a router like `nn.Linear`, top-k gating, SwiGLU experts.
+"""The mixture-of-experts layer: a router like ``nn.Linear``, top-k gating, SwiGLU experts.
 
 Shape suffixes: T tokens, E experts, K chosen, D width, B batch, L length.
 """
@@ -12,7 +12,7 @@ from moegeo_router.routers.gating import ScoreFunction, topk_gating
 from trainers.models.experts import SwiGLUExperts
 
 RouterFactory = Callable[[int, int], nn.Module]
-"""(in_features, num_experts) -> module called like nn.Linear; e.g. `functools.partial(nn.Linear, bias=False)`"""
+"""(in_features, num_experts) -> module called like nn.Linear; e.g. ``functools.partial(nn.Linear, bias=False)``"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ModelOutput:
 
     Args:
         logits: (B, L, V) next-token logits of a language model; (B, classes) of a vision model.
-        routing: one `Routing` for each MoE layer, in order, keyed "layer0", "layer1", … by block.
+        routing: one ``Routing`` for each MoE layer, in order, keyed "layer0", "layer1", … by block.
     """
 
     logits: Tensor
@@ -46,7 +46,7 @@ class ModelOutput:
 
 
 class MoELayer(nn.Module):
-    """Route every token to its top-k experts: `y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)`.
+    """Route every token to its top-k experts: ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``.
 
     Args:
         dim: D, width of a token.
@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
         router: makes the router from (dim, num_experts).
         renormalize: the chosen gates of a token sum to 1.
         scores: "softmax" or "sigmoid".
-        experts: "auto", "split", "grouped", "batched" or "loop" (see `trainers.models.experts`).
+        experts: "auto", "split", "grouped", "batched" or "loop" (see ``trainers.models.experts``).
 
     Raises:
         ValueError: a size below 1, top_k outside [1, num_experts], or an unknown option.

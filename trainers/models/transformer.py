@@ -19,7 +19,7 @@ ROTARY_BASE = 10_000.0
 
 
 def initial_std(dim: int) -> float:
-    """Standard deviation of a fresh weight, `0.02·√(768 / dim)`: GPT-2's 0.02 at its width of 768.
+    """Standard deviation of a fresh weight, ``0.02·√(768 / dim)``: GPT-2's 0.02 at its width of 768.
 
     Scaled so that fresh pre-activations are as large at every width; a flat 0.02 starts narrow models too weak.
 
@@ -33,7 +33,7 @@ def initial_std(dim: int) -> float:
 
 
 class Rotary(nn.Module):
-    """Rotary positions: the pair (x_i, x_{i+C/2}) at position p turns by the angle `p · 10000^(-2i/C)`.
+    """Rotary positions: the pair (x_i, x_{i+C/2}) at position p turns by the angle ``p · 10000^(-2i/C)``.
 
     A product of two vectors turned so depends on their positions only through the difference.
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A dense SwiGLU feed-forward layer, `(silu(x w_gate) ⊙ (x w_up)) w_down`.
+    """A dense SwiGLU feed-forward layer, ``(silu(x w_gate) ⊙ (x w_up)) w_down``.
 
     Args:
         dim: D.
@@ -127,12 +127,12 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`.
+    """``x + attention(norm(x))``, then ``x + ffn(norm(x))``.
 
     Args:
         dim: D.
         attention: the attention layer.
-        ffn: an `MoELayer` or a dense layer.
+        ffn: an ``MoELayer`` or a dense layer.
     """
 
     def __init__(self, dim: int, attention: Attention, ffn: MoELayer | SwiGLU) -> None:
@@ -153,10 +153,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final RMSNorm; every `moe_every`-th block's feed-forward layer is a mixture of experts.
+    """Blocks and a final RMSNorm; every ``moe_every``-th block's feed-forward layer is a mixture of experts.
 
     The other blocks get a dense SwiGLU layer of the same active width, top_k · expert_hidden. Weights are drawn
-    from N(0, std²) with `std = initial_std(dim)`, those that write to the residual stream from N(0, std²/(2·layers));
+    from N(0, std²) with ``std = initial_std(dim)``, those that write to the residual stream from N(0, std²/(2·layers));
     a router keeps the initialisation that its factory gave it.
 
     Args:
@@ -169,9 +169,9 @@ class Transformer(nn.Module):
         top_k: K.
         expert_hidden: hidden width of one expert.
         moe_every: blocks moe_every - 1, 2·moe_every - 1, … are mixtures.
-        renormalize: see `MoELayer`.
-        scores: see `MoELayer`.
-        experts: see `MoELayer`.
+        renormalize: see ``MoELayer``.
+        scores: see ``MoELayer``.
+        experts: see ``MoELayer``.
 
     Raises:
         ValueError: a size that does not fit; the message names it.

@@ -18,7 +18,7 @@ class VisionModel(nn.Module):
     Args:
         num_classes: number of classes.
         image_shape: (C, H, W).
-        router: makes a router from (dim, num_experts), e.g. `moegeo_router.GeometricRouter`.
+        router: makes a router from (dim, num_experts), e.g. ``moegeo_router.GeometricRouter``.
         dim: D, width of the residual stream.
         layers: number of blocks.
         heads: attention heads, a divisor of dim.
@@ -29,7 +29,7 @@ class VisionModel(nn.Module):
         moe_every: every n-th block is a mixture of experts, the others are dense.
         renormalize: the gates of a token's chosen experts sum to 1.
         scores: "softmax" or "sigmoid".
-        experts: how the experts are computed (see `trainers.models.experts`).
+        experts: how the experts are computed (see ``trainers.models.experts``).
 
     Raises:
         ValueError: a size that does not fit; the message names it.

@@ -46,7 +46,7 @@ def test_dirichlet_rows():
 
 
 def test_documents_follow_their_source():
-    """The transitions counted in the train stream are those of the source that `domains` names."""
+    """The transitions counted in the train stream are those of the source that ``domains`` names."""
     data = PlantedText(**TINY | {"documents": 3000, "concentration": 1.0})
     stream = data._train
     counts = torch.zeros(3, 6, 6)

@@ -163,3 +163,20 @@ def test_grouped_says_what_it_cannot_take(dtype, dim):
     x = torch.zeros(3, dim, dtype=dtype)
     with pytest.raises(ValueError, match="experts='grouped' needs float32"):
         layer(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "hidden", "chosen"),
+    [
+        ("cpu", torch.float32, 16, "split"),
+        ("cpu", torch.bfloat16, 16, "split"),
+        ("meta", torch.bfloat16, 16, "grouped"),  # meta stands for any accelerator
+        ("meta", torch.bfloat16, 12, "batched"),  # grouped products need whole 16 bytes
+        ("meta", torch.float32, 16, "batched"),
+    ],
+)
+def test_auto_takes_the_function_made_for_the_device(monkeypatch, device, dtype, hidden, chosen):
+    for name in ("split", "grouped", "batched"):
+        monkeypatch.setattr(E, name, lambda *_, name=name: name)
+    x, w = torch.empty(4, DIM, device=device, dtype=dtype), torch.empty(2, DIM, hidden, device=device, dtype=dtype)
+    assert E.auto(x, x, x, w, w, w) == chosen
