@@ -47,7 +47,7 @@ class ImageData:
         num_classes: number of classes.
         batch_size: B.
         seed: of the permutations.
-        valid_images: limit on the images of one validation, evenly spaced; None for the whole split.
+        valid_images: limit on the images of one validation, drawn once for all runs; None for the whole split.
 
     Raises:
         ValueError: if an option is out of range or a split is empty.
@@ -77,7 +77,9 @@ class ImageData:
                 raise ValueError(f"{name}: expected images in the {split} split, got none")
         self._train, self._valid = train, valid
         count = min(len(valid), valid_images or len(valid))
-        self._shown_N = torch.arange(count) * len(valid) // count
+        # Drawn, not evenly spaced: sets whose classes come in turn would show only some of them. The same for every
+        # seed, so that runs can be compared.
+        self._shown_N = torch.randperm(len(valid), generator=generator(0, "valid", 0))[:count].sort().values
         channels, height, width = train.pixels.shape[1:]
         self.image_shape = (channels, height, width)
         self._mean_C, self._std_C = channel_moments(train.pixels)

@@ -84,17 +84,36 @@ def test_valid_in_order_and_padded():
         assert not getattr(last, field.name)[~last.mask].any()
 
 
-@pytest.mark.parametrize(("limit", "shown"), [(5, [0, 2, 4, 6, 8]), (11, list(range(11))), (50, list(range(11)))])
-def test_a_limited_validation_is_spread(limit, shown):
-    assert torch.cat([b.documents[b.mask] for b in data(valid_images=limit).valid_batches()]).tolist() == shown
+def shown(**options):
+    return torch.cat([b.documents[b.mask] for b in data(**options).valid_batches()]).tolist()
+
+
+@pytest.mark.parametrize(("limit", "count"), [(5, 5), (11, 11), (50, 11)])
+def test_a_limited_validation_is_a_fixed_draw(limit, count):
+    assert len(set(shown(valid_images=limit))) == count
+    assert shown(valid_images=limit) == sorted(shown(valid_images=limit)) == shown(valid_images=limit, seed=99)
+
+
+def test_a_limited_validation_shows_every_class_where_classes_come_in_turn():
+    # Ten classes in turn and a fifth of the images: evenly spaced ones would be of two classes only.
+    classes = torch.arange(1000) % 10
+    pixels = torch.randint(0, 256, (1000, 1, 2, 2)).float()
+    split = Images(pixels=pixels, classes=classes, domains=classes)
+    options = {"domains": tuple("0123456789"), "num_classes": 10, "batch_size": 50, "seed": 0, "valid_images": 200}
+    batches = list(ImageData("turns", split, split, **options).valid_batches())
+    counts = torch.bincount(torch.cat([b.targets[b.mask] for b in batches]), minlength=10)
+    assert counts.sum() == 200
+    assert counts.min() >= 8
 
 
 def test_the_class_prior_by_hand():
     # Train: 8, 8, 7 of 23; one added to each. Valid: 4, 4, 3 of 11.
     expected = -(8 * math.log(9 / 26) + 3 * math.log(8 / 26)) / 11
     assert data().baseline().loss == pytest.approx(expected)
-    # Images 0, 3, 7 of the held-out: classes 0, 0, 1.
-    assert data(valid_images=3).baseline().loss == pytest.approx(-math.log(9 / 26))
+    limited = data(valid_images=3)
+    chosen = torch.cat([b.targets[b.mask] for b in limited.valid_batches()]).tolist()
+    by_hand = -sum(math.log((9, 9, 8)[target] / 26) for target in chosen) / 3
+    assert limited.baseline().loss == pytest.approx(by_hand)
 
 
 def test_the_fingerprint_changes_with_content_only():
