@@ -4,6 +4,7 @@ import moegeo_router as mg
 
 mg.geometrize(model)                         # every router's weight becomes a manifold parameter, in place
 gate = mg.GeometricRouter(d_model, experts)  # or build with one, wherever nn.Linear(d_model, experts) stood
+geometry = mg.attach(model)                  # watch the routing while it trains: geometry.metrics()
 mg.fsi(p), mg.dispersion(p)                  # how concentrated, how specialized a routing is
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import geometry
+from .attach import Geometry, GeometryConfig, attach
 from .geometry import fisher_rao_distance
 from .metrics import (
     dispersion,
+    fhs,
     flip_rate,
     fsi,
     fsi_domain,
@@ -44,11 +47,15 @@ __all__ = [
     "FisherRaoSimplex",
     "Gating",
     "GeometricRouter",
+    "Geometry",
+    "GeometryConfig",
     "PolarRows",
     "RouterSite",
     "__version__",
+    "attach",
     "dispersion",
     "export",
+    "fhs",
     "find_routers",
     "fisher_rao_distance",
     "flip_rate",

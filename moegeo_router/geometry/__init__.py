@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .simplex import (
+    entropy,
     exp_map,
     fisher_rao_distance,
     frechet_mean,
@@ -33,6 +34,7 @@ __all__ = [
     "OrthonormalRows",
     "PolarRows",
     "UnitRows",
+    "entropy",
     "exp_map",
     "fisher_rao_distance",
     "frechet_mean",

@@ -246,6 +246,12 @@ def uniform(num_experts: int, *, dtype: torch.dtype | None = None, device: torch
     return torch.full((num_experts,), 1 / num_experts, dtype=dtype, device=device)
 
 
+def entropy(p: Tensor) -> Tensor:
+    """Return the Shannon entropy ``-Σ p_i log p_i`` in nats, (...), with finite gradients at p_i = 0."""
+    wide = widen(p)
+    return -(wide * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()).sum(dim=-1)
+
+
 # --- the unit sphere beneath: shared with the router manifolds -------------------------------------------------------
 
 

@@ -1,10 +1,21 @@
 """Metrics: pure functions from routing probabilities and sums of them to named scalars."""
 
+from .heterogeneity import fhs, fhs_per_token, fhs_squared, participation_ratio
+from .load import (
+    coefficient_of_variation,
+    dead_fraction,
+    drop_rate,
+    gini,
+    load_share,
+    max_load,
+    max_violation,
+    never_used_fraction,
+    utilization_entropy,
+)
 from .specialization import (
     dispersion,
     dispersion_from_means,
     domain_sums,
-    entropy,
     expert_counts,
     flip_rate,
     fsi,
@@ -22,11 +33,16 @@ from .specialization import (
 )
 
 __all__ = [
+    "coefficient_of_variation",
+    "dead_fraction",
     "dispersion",
     "dispersion_from_means",
     "domain_sums",
-    "entropy",
+    "drop_rate",
     "expert_counts",
+    "fhs",
+    "fhs_per_token",
+    "fhs_squared",
     "flip_rate",
     "fsi",
     "fsi_domain",
@@ -37,7 +53,14 @@ __all__ = [
     "fsi_max",
     "fsi_token",
     "fsi_velocity",
+    "gini",
     "information_from_means",
+    "load_share",
+    "max_load",
+    "max_violation",
+    "never_used_fraction",
+    "participation_ratio",
     "probe_velocity",
     "routing_information",
+    "utilization_entropy",
 ]

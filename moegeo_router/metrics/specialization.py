@@ -21,7 +21,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..geometry.simplex import fisher_rao_distance, root, uniform, widen
+from ..geometry.simplex import entropy, fisher_rao_distance, root, uniform, widen
 
 
 def fsi_max(num_experts: int) -> float:
@@ -79,7 +79,7 @@ def fsi_load(counts: Tensor, k: int, normalized: bool = False) -> Tensor:
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
     total = load_E.sum()
-    if _readable(counts) and not bool(total > 0):
+    if readable(counts) and not bool(total > 0):
         raise ValueError(f"counts must have a positive sum, got {total.item():g}")
     distance = fisher_rao_distance(load_E / total, uniform(num_experts, device=load_E.device).to(load_E))
     return _over(distance, 2 * math.acos(math.sqrt(k / num_experts))) if normalized else distance
@@ -158,12 +158,6 @@ def information_from_means(mean_p: Tensor, mean_entropy: Tensor, normalized: boo
     """Return the routing information from the means of p (E,) and of the tokens' entropies (nats)."""
     information = entropy(mean_p) - mean_entropy
     return _over(information, math.log(mean_p.shape[-1])) if normalized else information
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Return the Shannon entropy ``-Σ p_i log p_i`` in nats, (...), with finite gradients at p_i = 0."""
-    wide = widen(p)
-    return -(wide * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()).sum(dim=-1)
 
 
 def domain_sums(p: Tensor, domains: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
@@ -327,7 +321,7 @@ def _tokens(p: Tensor) -> Tensor:
     if not p.is_floating_point():
         raise ValueError(f"p must be floating point, got {p.dtype}")
     p_TE = rearrange(widen(p), "... e -> (...) e")
-    if _readable(p):
+    if readable(p):
         total = float(p_TE.detach().mean(dim=0).sum())
         tolerance = 1e-3 if p.dtype in (torch.float32, torch.float64) else 5e-2
         if abs(total - 1) > tolerance or bool((p_TE.detach().mean(dim=0) < 0).any()):
@@ -341,11 +335,11 @@ def _tokens(p: Tensor) -> Tensor:
 def _check_labels(name: str, labels: Tensor, size: int) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
-    if _readable(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < size:
+    if readable(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < size:
         raise ValueError(f"{name} must be in 0..{size - 1}, got {int(labels.min())}..{int(labels.max())}")
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether values can be checked at no cost: reading them back would make an accelerator wait."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 

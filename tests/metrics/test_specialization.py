@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moegeo_router import routing_probabilities
+from moegeo_router.geometry import entropy
 from moegeo_router.metrics import (
     dispersion,
     dispersion_from_means,
-    entropy,
     expert_counts,
     flip_rate,
     fsi,

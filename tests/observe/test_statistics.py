@@ -1,0 +1,137 @@
+"""Sums against the metrics of whole batches, token loops, and a real process group."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import moegeo_router as mg
+from moegeo_router.metrics.summary import layer_scalars
+from moegeo_router.observe import LayerStatistics, RoutingStatistics
+
+E = 6
+
+
+def batch(tokens: int = 40, seed: int = 0, k: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(tokens, E, generator=generator, dtype=torch.float64)
+    return logits, logits.topk(k).indices
+
+
+def test_every_sum_by_a_loop_over_tokens():
+    logits, ids = batch(tokens=7)
+    sums = LayerStatistics.of(logits, ids)
+    p = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in logits.tolist()]
+    u = 1 / E
+    expected = {
+        "tokens": 7,
+        "entropy": sum(-x * math.log(x) for row in p for x in row),
+        "distance": sum(2 * math.acos(sum(math.sqrt(x * u) for x in row)) for row in p),
+        "margin": sum(sorted(row)[-1] - sorted(row)[-2] for row in p),
+        "z_squared": sum(math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()),
+        "choices": 14,
+        "k_tokens": 7,
+    }
+    assert {name: float(getattr(sums, name)) for name in expected} == pytest.approx(expected)
+    assert sums.p.tolist() == pytest.approx([sum(row[e] for row in p) for e in range(E)])
+    assert sums.root_p.tolist() == pytest.approx([sum(math.sqrt(row[e]) for row in p) for e in range(E)])
+    assert sums.counts.tolist() == [sum(e in row for row in ids.tolist()) for e in range(E)]
+
+
+def test_scalars_of_sums_are_the_metrics_of_the_whole_batch():
+    logits, ids = batch()
+    p = mg.routing_probabilities(logits)
+    scalars = layer_scalars(LayerStatistics.of(logits, ids))
+    assert scalars["fsi"] == pytest.approx(float(mg.fsi(p, normalized=True)))
+    assert scalars["fsi_token"] == pytest.approx(float(mg.fsi_token(p)))
+    assert scalars["routing_information"] == pytest.approx(float(mg.routing_information(p, normalized=True)))
+    counts = torch.bincount(ids.flatten(), minlength=E).double()
+    assert scalars["fsi_load"] == pytest.approx(float(mg.fsi_load(counts, 2, normalized=True)))
+    assert scalars["max_violation"] == pytest.approx(float(counts.max() / counts.mean() - 1))
+    two_pass = float(mg.dispersion(p))
+    assert 8 / math.pi**2 * two_pass <= scalars["dispersion_1"] <= two_pass
+
+
+def test_parts_add_up_to_the_whole_and_are_not_their_mean():
+    logits, ids = batch()
+    whole = LayerStatistics.of(logits, ids).flat()
+    parts = [LayerStatistics.of(logits[part], ids[part]) for part in (slice(0, 10), slice(10, 40))]
+    torch.testing.assert_close((parts[0] + parts[1]).flat(), whole, rtol=1e-12, atol=1e-12)
+    mean = sum(layer_scalars(part)["fsi"] for part in parts) / 2
+    assert mean > 1.05 * layer_scalars(parts[0] + parts[1])["fsi"]
+
+
+def test_masked_tokens_do_not_count_whatever_they_hold():
+    logits, ids = batch()
+    mask = torch.arange(40) % 3 != 0
+    kept = LayerStatistics.of(logits[mask], ids[mask]).flat()
+    logits[~mask] = math.nan
+    masked = LayerStatistics.of(logits.view(8, 5, E), ids.view(8, 5, 2), mask.view(8, 5)).flat()
+    torch.testing.assert_close(masked, kept, rtol=1e-12, atol=1e-12)
+
+
+def test_sigmoid_scores():
+    logits, _ = batch()
+    p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    torch.testing.assert_close(LayerStatistics.of(logits, scores="sigmoid").p, p.sum(0))
+
+
+def test_without_choices_or_tokens_there_are_no_such_scalars():
+    logits, _ = batch()
+    assert not {"fsi_load", "max_violation", "dead_fraction"} & layer_scalars(LayerStatistics.of(logits)).keys()
+    assert layer_scalars(LayerStatistics.of(logits[:0])) == {}
+    assert layer_scalars(LayerStatistics.zeros(E)) == {}
+
+
+def test_one_expert_and_all_experts_chosen():
+    one = layer_scalars(LayerStatistics.of(torch.randn(5, 1), torch.zeros(5, 1, dtype=torch.long)))
+    assert {one[name] for name in ("fsi", "fsi_token", "dispersion_1", "fsi_load", "max_violation")} == {0}
+    everyone = layer_scalars(LayerStatistics.of(torch.randn(5, E), torch.arange(E).expand(5, E)))
+    assert (everyone["fsi_load"], everyone["max_violation"], everyone["dead_fraction"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(39, 2, dtype=torch.long), None, r"ids must be \(40, 'K'\) integers, got torch.int64 \(39, 2\)"),
+        (torch.zeros(40, 2), None, "ids must be .* got torch.float32"),
+        (None, torch.ones(39), r"mask must be \(40,\), got \(39,\)"),
+    ],
+)
+def test_bad_input(ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        LayerStatistics.of(batch()[0], ids, mask)
+
+
+def test_layers_must_be_known_and_fit():
+    statistics = RoutingStatistics.zeros([("a", E)])
+    with pytest.raises(ValueError, match="layer must be one of a, got 'b'"):
+        statistics.add("b", LayerStatistics.zeros(E))
+    with pytest.raises(ValueError, match="layer a has 6 experts, got sums over 4"):
+        statistics.add("a", LayerStatistics.zeros(4))
+
+
+def _of_rank(rank: int) -> RoutingStatistics:
+    statistics = RoutingStatistics.zeros([("a", E), ("b", 3)])
+    statistics.add("a", LayerStatistics.of(*batch(seed=rank)))
+    statistics.add("b", LayerStatistics.of(batch(seed=rank + 10)[0][:, :3]))
+    return statistics
+
+
+def _reduce(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    reduced = _of_rank(rank).all_reduce()
+    for name in ("a", "b"):
+        expected = _of_rank(0).layers[name] + _of_rank(1).layers[name]
+        torch.testing.assert_close(reduced.layers[name].flat(), expected.flat(), rtol=1e-12, atol=1e-12)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_get_the_sums_of_both(tmp_path):
+    mp.spawn(_reduce, args=(str(tmp_path / "store"),), nprocs=2)

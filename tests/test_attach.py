@@ -1,0 +1,233 @@
+"""Watching a model in training: counted once, never changed, right whatever the loop does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import moegeo_router as mg
+
+D, E, K = 8, 4, 2
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gating = mg.topk_gating(self.gate(x), K)
+        out = x
+        for e, expert in enumerate(self.experts):
+            weight = torch.where(gating.ids == e, gating.weights, 0).sum(-1, keepdim=True)
+            out = out + weight.to(x) * expert(x)
+        return out
+
+
+class Model(nn.Module):
+    """Two MoE blocks on (B, L, D) inputs, with or without activation checkpointing."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def build(**options: object) -> Model:
+    torch.manual_seed(0)
+    return Model(**options)
+
+
+def inputs(seed: int = 1, rows: int = 6) -> Tensor:
+    return torch.randn(rows, 5, D, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def watch(model: nn.Module, **options: object) -> mg.Geometry:
+    return mg.attach(model, config=mg.GeometryConfig(**{"top_k": K, "on_error": "raise"} | options))
+
+
+def step(model: Model, x: Tensor, **kwargs: Tensor) -> None:
+    model(x, **kwargs).square().mean().backward()
+
+
+def steps(model: Model, *batches: Tensor) -> None:
+    for x in batches:
+        step(model, x)
+
+
+def expected(x: Tensor) -> dict[str, float]:
+    """The metrics of the whole batch by the functions on full p."""
+    model, fsi, information, violation = build(), [], [], []
+    with torch.no_grad():
+        h = x
+        for block in model.blocks:
+            p = mg.routing_probabilities(block.gate(h))
+            counts = torch.bincount(p.topk(K).indices.flatten(), minlength=E).double()
+            fsi.append(float(mg.fsi(p, normalized=True)))
+            information.append(float(mg.routing_information(p, normalized=True)))
+            violation.append(float(counts.max() / counts.mean() - 1))
+            h = block(h)
+    return {
+        "geometry/fsi": sum(fsi) / 2,
+        "geometry/routing_information": sum(information) / 2,
+        "geometry/max_violation": max(violation),
+    }
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_same_numbers_whatever_the_checkpointing_and_the_micro_batches(reentrant, micro_batches):
+    model, x = build(reentrant=reentrant), inputs()
+    geometry = watch(model)
+    for part in x.chunk(micro_batches):
+        step(model, part)
+    found = geometry.metrics()
+    assert {key: found[key] for key in expected(x)} == pytest.approx(expected(x), abs=1e-6)
+    assert len(found) <= 20
+    assert geometry.metrics() == {}
+
+
+def test_eval_passes_and_pauses_are_not_counted():
+    model, x = build(), inputs()
+    geometry = watch(model)
+    model.eval()
+    model(inputs(seed=2))
+    model.train()
+    with geometry.pause():
+        model(inputs(seed=3))
+    step(model, x)
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(expected(x)["geometry/fsi"], abs=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_counted(side):
+    model, x = build(), inputs()
+    mask = torch.ones(6, 5, dtype=torch.long)
+    mask[2:, :2] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    geometry = watch(model)
+    step(model, x, attention_mask=mask)
+    real = x[mask.bool()].unsqueeze(0)
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(expected(real)["geometry/fsi"], abs=1e-6)
+    step(model, x)  # a mask holds for its own forward only
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(expected(x)["geometry/fsi"], abs=1e-6)
+
+
+def test_training_is_bit_identical_and_detach_leaves_nothing():
+    plain, watched = build(), build()
+    hooks = copy.deepcopy([(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in watched.modules()])
+    geometry = watch(watched)
+    for model in (plain, watched):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for seed in range(5):
+            step(model, inputs(seed))
+            optimizer.step()
+            optimizer.zero_grad()
+            geometry.metrics()
+    for p, q in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(p, q)
+    geometry.detach()
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in watched.modules()]
+    step(watched, inputs())
+    assert geometry.metrics() == {}
+
+
+def test_layers_apart():
+    model, x = build(), inputs()
+    geometry = watch(model, per_layer=True)
+    step(model, x)
+    found = geometry.metrics()
+    assert geometry.layers == ("blocks.0.gate", "blocks.1.gate")
+    per_layer = [found[f"geometry/blocks.{i}.gate/fsi"] for i in range(2)]
+    assert found["geometry/fsi"] == pytest.approx(sum(per_layer) / 2)
+
+
+def test_logits_alone_have_no_load_and_that_is_said_once():
+    model = build()
+    geometry = watch(model, top_k=None)
+    with pytest.warns(UserWarning, match=r"blocks\.0\.gate shows logits, not the experts chosen") as said:
+        steps(model, inputs(), inputs())
+    assert len(said) == 1
+    found = geometry.metrics()
+    assert "geometry/fsi" in found
+    assert "geometry/max_violation" not in found
+
+
+class TopKRouter(nn.Module):
+    """Returns what code bases return, in any order; the normalised scores look like logits, too."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, D))
+        self.order = order
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = x @ self.weight.T
+        weights, ids = logits.softmax(-1).topk(K)
+        return tuple((logits, weights, ids, logits.softmax(-1))[i] for i in self.order)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (3, 0, 2), (1, 3, 2, 0)])
+def test_outputs_are_told_apart_by_what_they_are(order):
+    router, x = TopKRouter(order), inputs()
+    geometry = watch(nn.ModuleDict({"router": router}), top_k=None)
+    router(x)
+    logits = (x @ router.weight.T).detach()
+    found = geometry.metrics()
+    assert found["geometry/fsi"] == pytest.approx(float(mg.fsi(logits.softmax(-1), normalized=True)), abs=1e-6)
+    counts = torch.bincount(logits.topk(K).indices.flatten(), minlength=E).double()
+    assert found["geometry/max_violation"] == pytest.approx(float(counts.max() / counts.mean() - 1))
+
+
+def test_record_without_hooks():
+    geometry = watch(nn.Linear(3, 3), hooks=False, top_k=None)
+    logits = torch.randn(4, 5, E)
+    ids, mask = logits.topk(K).indices, torch.rand(4, 5) < 0.5
+    geometry.record("mine", logits, ids, mask)
+    p = logits[mask].softmax(-1)
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(float(mg.fsi(p, normalized=True)), abs=1e-6)
+    with pytest.raises(ValueError, match="layer mine has 4 experts, got logits of 3"):
+        geometry.record("mine", logits[..., :3], ids)
+
+
+def test_a_failure_switches_the_watching_off_and_not_the_run():
+    model, x = build(), inputs()
+    geometry = watch(model, on_error="warn")
+    wrong = torch.ones(6, 4, dtype=torch.long)
+    with pytest.warns(UserWarning, match="switched off, training goes on: attention_mask") as said:
+        step(model, x, attention_mask=wrong)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, x)
+    assert geometry.metrics() == {}
+    fresh = build()
+    watch(fresh)
+    with pytest.raises(ValueError, match=r"attention_mask \(6, 4\) does not fit the 30 tokens"):
+        step(fresh, x, attention_mask=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": "relu"}, "scores must be 'softmax' or 'sigmoid'"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 5}, r"top_k=5: router blocks\.0\.gate has 4 experts"),
+        ({"on_error": "ignore"}, "on_error must be 'warn' or 'raise'"),
+        ({"select": "nothing"}, "no router found"),
+    ],
+)
+def test_bad_configuration(options, message):
+    with pytest.raises(ValueError, match=message):
+        watch(build(), **options)
