@@ -7,7 +7,10 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import moegeo_router as mg
@@ -231,3 +234,30 @@ def test_a_failure_switches_the_watching_off_and_not_the_run():
 def test_bad_configuration(options, message):
     with pytest.raises(ValueError, match=message):
         watch(build(), **options)
+
+
+# The compiler itself reads .grad of intermediate tensors where it breaks the graph at a hook.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_models_give_the_same_numbers():
+    model, x = build(), inputs()
+    geometry = watch(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        compiled(x).square().mean().backward()
+        found = geometry.metrics()
+        assert {key: found[key] for key in expected(x)} == pytest.approx(expected(x), abs=1e-6)
+
+
+def _train_on_a_rank(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    model, x = DistributedDataParallel(build()), inputs()
+    geometry = watch(model)
+    model(x[4 * rank : 4 * rank + 4]).square().mean().backward()  # four rows, then two
+    found = geometry.metrics()
+    assert {key: found[key] for key in expected(x)} == pytest.approx(expected(x), abs=1e-6)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_report_the_global_batch(tmp_path):
+    mp.spawn(_train_on_a_rank, args=(str(tmp_path / "store"),), nprocs=2)
