@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 import moegeo_router as mg
-from moegeo_router.metrics import domain_sums, expert_counts, fsi_domain_from_sums, fsi_domain_null
+from moegeo_router.metrics import (
+    dead_fraction,
+    domain_sums,
+    expert_counts,
+    fsi_domain_from_sums,
+    fsi_domain_null,
+    max_load,
+)
 from trainers.data.base import Batch
 from trainers.models.moe import Routing
-
-#: An expert is dead in a batch if it gets less than this share of its fair load 1/E (geometry.md, section 4).
-DEAD_BELOW = 0.1
 
 
 def token_values(values_B: Tensor, tokens: int) -> Tensor:
@@ -40,15 +44,14 @@ def routing_scalars(p_TE: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
     """
     num_experts, k = p_TE.shape[-1], ids_TK.shape[-1]
     counts_E = expert_counts(ids_TK, num_experts).float()
-    fair_share_E = counts_E * num_experts / counts_E.sum()
     return {
         "fsi": mg.fsi(p_TE, normalized=True),
         "fsi_load": mg.fsi_load(counts_E, k, normalized=True),
         "fsi_token": mg.fsi_token(p_TE),
         "dispersion": mg.dispersion(p_TE),
         "routing_information": mg.routing_information(p_TE, normalized=True),
-        "max_load": fair_share_E.max(),
-        "dead_experts": (fair_share_E < DEAD_BELOW).sum().float(),
+        "max_load": max_load(counts_E),
+        "dead_experts": (num_experts * dead_fraction(counts_E)).round(),
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .find import RouterSite, Select, find_routers
 from .router import GeometricRouter
-from .tag import changes_function, put_on_manifold, refuse_zero_rows, restore_tag, take_off_manifold
+from .tag import changes_function, count_zero_rows, put_on_manifold, refuse_zero_rows, restore_tag, take_off_manifold
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -129,7 +129,7 @@ def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: boo
 
 
 def _warn_of_zero_rows(site: RouterSite) -> None:
-    zero_rows = int((site.weight.detach() == 0).all(dim=-1).sum())
+    zero_rows = count_zero_rows(site.weight)
     if zero_rows:
         warnings.warn(
             f"router {site.name}: {zero_rows} of {site.num_experts} rows are zero; a zero row has no direction, "

@@ -73,9 +73,14 @@ def _tag(parameter: Tensor, manifold: nn.Module) -> None:
     parameter.manifold = manifold  # type: ignore[attr-defined]
 
 
+def count_zero_rows(weight: Tensor) -> int:
+    """Return how many rows of ``weight`` (E, D) are zero, and so have no direction."""
+    return int((weight.detach() == 0).all(dim=-1).sum())
+
+
 def refuse_zero_rows(weight: Tensor, name: str) -> None:
     """Raise a ValueError if a row of ``weight`` (E, D) is zero: it has no direction, so no place on the sphere."""
-    zero_rows = int((weight.detach() == 0).all(dim=-1).sum())
+    zero_rows = count_zero_rows(weight)
     if zero_rows:
         raise ValueError(f"{name}: {zero_rows} of {len(weight)} rows are zero and have no direction on the sphere")
 
