@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import geometry
-from .attach import Geometry, GeometryConfig, attach
+from .attach import Geometry, attach
+from .config import GeometryConfig
 from .geometry import fisher_rao_distance
+from .losses import Regularizers
 from .metrics import (
     dispersion,
     fhs,
@@ -50,6 +52,7 @@ __all__ = [
     "Geometry",
     "GeometryConfig",
     "PolarRows",
+    "Regularizers",
     "RouterSite",
     "__version__",
     "attach",

@@ -152,7 +152,7 @@ def test_layers_apart():
     step(model, x)
     found = geometry.metrics()
     assert geometry.layers == ("blocks.0.gate", "blocks.1.gate")
-    per_layer = [found[f"geometry/blocks.{i}.gate/fsi"] for i in range(2)]
+    per_layer = [found[f"geometry/layer{i}/fsi"] for i in range(2)]
     assert found["geometry/fsi"] == pytest.approx(sum(per_layer) / 2)
 
 
@@ -181,6 +181,7 @@ class TopKRouter(nn.Module):
         return tuple((logits, weights, ids, logits.softmax(-1))[i] for i in self.order)
 
 
+@pytest.mark.filterwarnings("ignore:layer router .* no FHS by outputs:UserWarning")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (3, 0, 2), (1, 3, 2, 0)])
 def test_outputs_are_told_apart_by_what_they_are(order):
     router, x = TopKRouter(order), inputs()
@@ -197,7 +198,8 @@ def test_record_without_hooks():
     geometry = watch(nn.Linear(3, 3), hooks=False, top_k=None)
     logits = torch.randn(4, 5, E)
     ids, mask = logits.topk(K).indices, torch.rand(4, 5) < 0.5
-    geometry.record("mine", logits, ids, mask)
+    with pytest.warns(UserWarning, match="layer mine shows the experts chosen, not their gates: no FHS"):
+        geometry.record("mine", logits, ids, mask)
     p = logits[mask].softmax(-1)
     assert geometry.metrics()["geometry/fsi"] == pytest.approx(float(mg.fsi(p, normalized=True)), abs=1e-6)
     with pytest.raises(ValueError, match="layer mine has 4 experts, got logits of 3"):

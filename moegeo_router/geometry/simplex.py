@@ -260,6 +260,11 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values can be checked at no cost: reading them back would make an accelerator wait."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def root(p: Tensor) -> Tensor:
     """Return √p with a finite gradient at 0; the value there is √tiny (1e-19 in fp32), not an ε that distances see."""
     wide = widen(p)

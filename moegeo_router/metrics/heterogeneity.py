@@ -24,9 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..geometry.simplex import widen
+from ..geometry.simplex import readable, widen
 from .load import amounts
-from .specialization import readable
 
 
 def fhs(traces: Tensor) -> Tensor:

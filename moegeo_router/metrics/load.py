@@ -23,8 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..geometry.simplex import widen
-from .specialization import entropy, readable
+from ..geometry.simplex import entropy, readable, widen
 
 
 def load_share(counts: Tensor) -> Tensor:

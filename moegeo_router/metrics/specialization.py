@@ -21,7 +21,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..geometry.simplex import entropy, fisher_rao_distance, root, uniform, widen
+from ..geometry.simplex import entropy, fisher_rao_distance, readable, root, uniform, widen
 
 
 def fsi_max(num_experts: int) -> float:
@@ -337,11 +337,6 @@ def _check_labels(name: str, labels: Tensor, size: int) -> None:
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
     if readable(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < size:
         raise ValueError(f"{name} must be in 0..{size - 1}, got {int(labels.min())}..{int(labels.max())}")
-
-
-def readable(x: Tensor) -> bool:
-    """Whether values can be checked at no cost: reading them back would make an accelerator wait."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tokens(name: str, x: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Observation: sums over tokens that add up over micro-batches and ranks, and the taps that fill them."""
 
+from .forward import LayerForward
 from .statistics import LayerStatistics, RoutingStatistics
-from .taps import RouterTap
+from .taps import LayerTap
+from .tokens import TokenTap
 
-__all__ = ["LayerStatistics", "RouterTap", "RoutingStatistics"]
+__all__ = ["LayerForward", "LayerStatistics", "LayerTap", "RoutingStatistics", "TokenTap"]

@@ -2,13 +2,13 @@
 
 First the sums, reduced; then the nonlinearity. The mean of the FSI of 16 micro-batches is not the FSI of the batch.
 
-Shape legend: T tokens, E experts, K chosen.
+Shape legend: T tokens, E experts, K chosen, D domains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from ..geometry.simplex import entropy, fisher_rao_distance, root, uniform
+from ..geometry.simplex import entropy, fisher_rao_distance, readable, root, uniform
 from ..routers.gating import ScoreFunction, routing_probabilities
 
 
@@ -25,7 +25,8 @@ class LayerStatistics:
     """The sums of one layer, float64 on the router's device; scalars have shape (1,).
 
     Attributes:
-        tokens: T, unmasked tokens.
+        tokens: T, unmasked tokens with finite logits.
+        non_finite: unmasked tokens left out of all sums, because a logit is NaN or inf.
         p: (E,) Σ p_t, the router's native scores over all experts, before selection.
         root_p: (E,) Σ √p_t.
         entropy: Σ H(p_t), nats.
@@ -35,9 +36,15 @@ class LayerStatistics:
         counts: (E,) tokens each expert was chosen for, before drops; 0 where the choices are not known.
         choices: chosen (token, expert) pairs; 0 where the choices are not known.
         k_tokens: tokens whose choices are known, so k = choices / k_tokens.
+        gates_squared: (E,) Σ g_te², the squared weights of the chosen experts.
+        gate_tokens: tokens whose gates are known.
+        traces: (E,) Fisher traces t_e up to a common factor, which the backward pass adds (see ``fisher``).
+        domain_p: (D·E,) Σ p_t per domain, row by row; empty where domains are not asked for.
+        domain_tokens: (D,) tokens per domain.
     """
 
     tokens: Tensor
+    non_finite: Tensor
     p: Tensor
     root_p: Tensor
     entropy: Tensor
@@ -47,14 +54,25 @@ class LayerStatistics:
     counts: Tensor
     choices: Tensor
     k_tokens: Tensor
+    gates_squared: Tensor
+    gate_tokens: Tensor
+    traces: Tensor
+    domain_p: Tensor
+    domain_tokens: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.p)
 
     @classmethod
-    def zeros(cls, num_experts: int, device: torch.device | None = None) -> LayerStatistics:
+    def zeros(cls, num_experts: int, device: torch.device | None = None, num_domains: int = 0) -> LayerStatistics:
         """Return the sums over no tokens."""
-        wide = {"p", "root_p", "counts"}
+        sizes = dict.fromkeys(("p", "root_p", "counts", "gates_squared", "traces"), num_experts)
+        sizes |= {"domain_p": num_domains * num_experts, "domain_tokens": num_domains}
         return cls(
             **{
-                field.name: torch.zeros(num_experts if field.name in wide else 1, dtype=torch.float64, device=device)
+                field.name: torch.zeros(sizes.get(field.name, 1), dtype=torch.float64, device=device)
                 for field in fields(cls)
             }
         )
@@ -67,6 +85,10 @@ class LayerStatistics:
         ids: Tensor | None = None,
         mask: Tensor | None = None,
         scores: ScoreFunction = "softmax",
+        *,
+        gates: Tensor | None = None,
+        domains: Tensor | None = None,
+        num_domains: int = 0,
     ) -> LayerStatistics:
         """Return the sums of one batch.
 
@@ -75,6 +97,9 @@ class LayerStatistics:
             ids: (..., K) int64 chosen experts.
             mask: (...) bool, True where a token counts; all do where not given.
             scores: the router's score function.
+            gates: (..., K) weights of the chosen experts.
+            domains: (...) int64 domain of each token, in 0..D-1.
+            num_domains: D; 0 where domains are not asked for.
 
         Raises:
             ValueError: shapes or dtypes that do not fit.
@@ -82,7 +107,9 @@ class LayerStatistics:
         num_experts = logits.shape[-1]
         z_TE = rearrange(logits, "... e -> (...) e")
         p_TE = routing_probabilities(z_TE, scores)
-        weight_T = _weights(mask, logits, p_TE)
+        asked_T = _weights(mask, logits, p_TE)
+        # One bad token must not spoil the sums of a step, which others read after it.
+        weight_T = asked_T * z_TE.isfinite().all(dim=-1)
         weight_T1 = weight_T.unsqueeze(-1)
         top_T2 = p_TE.topk(min(2, num_experts), dim=-1).values
         margin_T = top_T2[:, 0] - top_T2[:, 1] if num_experts > 1 else torch.zeros_like(top_T2[:, 0])
@@ -95,14 +122,20 @@ class LayerStatistics:
             "z_squared": z_TE.to(p_TE.dtype).logsumexp(dim=-1).square(),
         }
         sums = {name: _sum(values_T, weight_T) for name, values_T in per_token.items()}
+        sums["non_finite"] = asked_T.sum(dtype=torch.float64).reshape(1) - sums["tokens"]
         sums |= {"p": _sum(p_TE, weight_T1), "root_p": _sum(root(p_TE), weight_T1)}
-        return cls(**sums, **_choices(ids, logits, weight_T))
+        sums |= _choices(ids, gates, logits, weight_T) | _domains(domains, num_domains, logits, p_TE, weight_T)
+        return cls(**sums, traces=torch.zeros_like(sums["p"]))
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """Return the sums over the tokens of both."""
         return LayerStatistics(
             **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
+
+    def with_traces(self, traces: Tensor) -> LayerStatistics:
+        """Return the same sums with other Fisher traces (E,)."""
+        return replace(self, traces=traces)
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, in the order of the fields."""
@@ -116,19 +149,24 @@ class LayerStatistics:
 
 
 class RoutingStatistics:
-    """The sums of all layers of a model; ``+=`` over micro-batches, one fused all-reduce over ranks.
+    """The sums of all layers of a model; they add up over micro-batches, and over ranks by one fused all-reduce.
 
     Args:
         layers: the layers' sums by name; every rank has the same layers in the same order.
+        failures: (1,) how many ranks can no longer watch: a sum like the others, so that all learn of it together.
     """
 
-    def __init__(self, layers: dict[str, LayerStatistics]) -> None:
+    def __init__(self, layers: dict[str, LayerStatistics], failures: Tensor | None = None) -> None:
         self.layers = layers
+        device = next((layer.p.device for layer in layers.values()), None)
+        self.failures = torch.zeros(1, dtype=torch.float64, device=device) if failures is None else failures
 
     @classmethod
-    def zeros(cls, experts: Iterable[tuple[str, int]], device: torch.device | None = None) -> RoutingStatistics:
+    def zeros(
+        cls, experts: Iterable[tuple[str, int]], device: torch.device | None = None, num_domains: int = 0
+    ) -> RoutingStatistics:
         """Return the sums over no tokens of layers ``(name, number of experts)``."""
-        return cls({name: LayerStatistics.zeros(count, device) for name, count in experts})
+        return cls({name: LayerStatistics.zeros(count, device, num_domains) for name, count in experts})
 
     def add(self, layer: str, statistics: LayerStatistics) -> None:
         """Add one batch's sums to a layer.
@@ -138,31 +176,33 @@ class RoutingStatistics:
         """
         if layer not in self.layers:
             raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
-        known, new = len(self.layers[layer].p), len(statistics.p)
+        known, new = self.layers[layer].num_experts, statistics.num_experts
         if known != new:
             raise ValueError(f"layer {layer} has {known} experts, got sums over {new}")
         self.layers[layer] = self.layers[layer] + statistics
 
     def all_reduce(self, group: Any = None) -> RoutingStatistics:
         """Return the sums over all ranks of ``group``, by one all-reduce; itself where nothing is distributed."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        if world_size(group) == 1:
             return self
-        vector = self._flat()
+        vector = self.flat()
         dist.all_reduce(vector, group=group)
-        return self._unflat(vector)
+        return self.unflat(vector)
 
-    def cpu(self) -> RoutingStatistics:
-        """Return the sums on the CPU, read back at once."""
-        return self._unflat(self._flat().cpu())
+    def flat(self) -> Tensor:
+        """Return all sums in one vector."""
+        return torch.cat([*(layer.flat() for layer in self.layers.values()), self.failures])
 
-    def _flat(self) -> Tensor:
-        return torch.cat([layer.flat() for layer in self.layers.values()])
+    def unflat(self, vector: Tensor) -> RoutingStatistics:
+        """Return the statistics of these layers whose ``flat()`` is ``vector``."""
+        *parts, failures = vector.split([*(len(layer.flat()) for layer in self.layers.values()), 1])
+        layers = {name: layer.unflat(part) for (name, layer), part in zip(self.layers.items(), parts, strict=True)}
+        return RoutingStatistics(layers, failures)
 
-    def _unflat(self, vector: Tensor) -> RoutingStatistics:
-        parts = vector.split([len(layer.flat()) for layer in self.layers.values()])
-        return RoutingStatistics(
-            {name: layer.unflat(part) for (name, layer), part in zip(self.layers.items(), parts, strict=True)}
-        )
+
+def world_size(group: Any = None) -> int:
+    """Return the number of ranks of a process group; 1 where nothing is distributed."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def _weights(mask: Tensor | None, logits: Tensor, p_TE: Tensor) -> Tensor:
@@ -179,14 +219,42 @@ def _sum(values: Tensor, weight: Tensor) -> Tensor:
     return kept.sum(dim=0, dtype=torch.float64).reshape(-1)
 
 
-def _choices(ids: Tensor | None, logits: Tensor, weight_T: Tensor) -> dict[str, Tensor]:
-    counts_E = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+def _choices(ids: Tensor | None, gates: Tensor | None, logits: Tensor, weight_T: Tensor) -> dict[str, Tensor]:
+    zeros_E = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+    none = zeros_E.new_zeros(1)
+    sums = {"counts": zeros_E, "choices": none, "k_tokens": none, "gates_squared": zeros_E, "gate_tokens": none}
     if ids is None:
-        none = counts_E.new_zeros(1)
-        return {"counts": counts_E, "choices": none, "k_tokens": none}
+        return sums
     if ids.shape[:-1] != logits.shape[:-1] or ids.is_floating_point():
         raise ValueError(f"ids must be {(*logits.shape[:-1], 'K')} integers, got {ids.dtype} {tuple(ids.shape)}")
-    ids_TK = rearrange(ids, "... k -> (...) k").long()
-    weight_TK = weight_T.double().unsqueeze(-1).expand_as(ids_TK)
-    counts_E = counts_E.index_add(0, ids_TK.reshape(-1), weight_TK.reshape(-1))
-    return {"counts": counts_E, "choices": weight_TK.sum().reshape(1), "k_tokens": weight_T.double().sum().reshape(1)}
+    ids_N = ids.reshape(-1).long()
+    weight_TK = weight_T.double().unsqueeze(-1).expand(-1, ids.shape[-1])
+    tokens = weight_T.double().sum().reshape(1)
+    sums["counts"] = zeros_E.index_add(0, ids_N, weight_TK.reshape(-1))
+    sums |= {"choices": weight_TK.sum().reshape(1), "k_tokens": tokens}
+    if gates is not None:
+        if gates.shape != ids.shape:
+            raise ValueError(f"gates must be {tuple(ids.shape)} like ids, got {tuple(gates.shape)}")
+        squares_TK = gates.reshape(weight_TK.shape).double().square()
+        squares_TK = torch.where(weight_TK > 0, squares_TK, 0) * weight_TK
+        sums |= {"gates_squared": zeros_E.index_add(0, ids_N, squares_TK.reshape(-1)), "gate_tokens": tokens}
+    return sums
+
+
+def _domains(
+    domains: Tensor | None, num_domains: int, logits: Tensor, p_TE: Tensor, weight_T: Tensor
+) -> dict[str, Tensor]:
+    sums_DE = torch.zeros(num_domains, p_TE.shape[-1], dtype=torch.float64, device=p_TE.device)
+    tokens_D = sums_DE.new_zeros(num_domains)
+    if domains is not None and num_domains:
+        if domains.shape != logits.shape[:-1] or domains.is_floating_point():
+            expected = f"{tuple(logits.shape[:-1])} integers"
+            raise ValueError(f"domains must be {expected}, got {domains.dtype} {tuple(domains.shape)}")
+        labels_T = domains.reshape(-1).long()
+        if readable(labels_T) and bool(((labels_T < 0) | (labels_T >= num_domains)).any()):
+            found = f"{int(labels_T.min())}..{int(labels_T.max())}"
+            raise ValueError(f"domains must be in 0..{num_domains - 1}, got {found}")
+        weight_T1 = weight_T.unsqueeze(-1)
+        kept_TE = torch.where(weight_T1 > 0, p_TE, 0).double() * weight_T1
+        sums_DE, tokens_D = sums_DE.index_add(0, labels_T, kept_TE), tokens_D.index_add(0, labels_T, weight_T.double())
+    return {"domain_p": sums_DE.reshape(-1), "domain_tokens": tokens_D}

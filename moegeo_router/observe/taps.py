@@ -1,50 +1,117 @@
-"""Taps: hooks on a model's routers that hand over what a forward pass decided, without changing it.
+"""Taps: hooks on a model's MoE layers that hand over what a forward pass decided, without changing it.
 
 Shape legend: T tokens (any leading dimensions), E experts, K chosen experts, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..routers.experts import Experts
 from ..routers.find import RouterSite
+from .forward import LayerForward
+from .hooks import Failed, Hook, recomputing
+from .tokens import TokenTap
 
-#: What receives a forward pass: (layer, logits (..., E), ids (..., K) or None).
-Sink = Callable[[str, Tensor, Tensor | None], None]
+#: What receives a forward pass; ``ids`` and ``gates`` are still missing where no output or input showed them.
+Sink = Callable[[LayerForward], None]
 
 
-class RouterTap:
-    """A forward hook on one router: every training forward is seen once.
+class LayerTap:
+    """Forward hooks on one MoE layer: every training forward is handed over once, when its block returns.
 
-    Not seen: eval mode, and the recomputation of activation checkpointing (which runs inside a backward pass). Outputs
-    are told apart by shape and type, never by position, because code bases and their versions order them differently:
-    floating point (..., E) are the logits, integers (..., K) with K < E the chosen experts. Where several outputs could
-    be the logits, the one nearest to ``x Wᵀ + b`` is taken, found once.
+    Tensors are told apart by shape and type, never by position, because code bases and their versions order them
+    differently. Of the router's outputs, floating point (..., E) are the logits (where several could be, the one
+    nearest to ``x Wᵀ + b``, found once), integers (..., K) with K < E the chosen experts, floating point of their shape
+    the gates. What the router does not return is looked for in the inputs of the experts. Eval mode is not seen. A
+    forward that activation checkpointing runs again is seen only where the first one left no graph (reentrant
+    checkpointing), marked as ``recomputed``.
 
     Args:
         site: the router.
+        block: the module around router and experts; None: a forward is handed over when the router returns.
+        experts: the experts, if known.
+        tokens: says which tokens count.
         sink: what receives each forward pass.
+        failed: what is done with an error of the hooks.
+        active: whether anything is to be seen now.
     """
 
-    def __init__(self, site: RouterSite, sink: Sink) -> None:
-        self.site, self._sink = site, sink
+    def __init__(
+        self,
+        site: RouterSite,
+        block: nn.Module | None,
+        experts: Experts | None,
+        tokens: TokenTap,
+        sink: Sink,
+        failed: Failed,
+        active: Callable[[], bool],
+    ) -> None:
+        self.site, self.experts = site, experts
+        self._tokens, self._sink, self._active = tokens, sink, active
         self._which: int | None = None
-        self._handle = site.module.register_forward_hook(self._hook)
+        self._inside = False
+        self._had_graph = False
+        self._seen: dict[str, Any] | None = None
+        self._handles = [site.module.register_forward_hook(Hook(self._router, failed))]
+        if block is not None:
+            self._handles.append(block.register_forward_pre_hook(Hook(self._open, failed)))
+            self._handles.append(block.register_forward_hook(Hook(self._close, failed)))
+        if experts is not None and _is_called(experts.container) and experts.container is not block:
+            hook = Hook(self._experts, failed)
+            self._handles.append(experts.container.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hook off."""
-        self._handle.remove()
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
-    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if module.training and not recomputing():
-            tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
-            logits = self._logits(tensors, inputs)
-            self._sink(self.site.name, logits.detach(), self._ids(tensors, logits))
+    @property
+    def current(self) -> dict[str, Any] | None:
+        """What the forward pass that is running has shown so far, None outside of one."""
+        return self._seen
+
+    def _open(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._inside, self._seen = True, None
+
+    def _router(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not module.training or not self._active():
+            return
+        self._flush(None)  # a block that calls its router in chunks
+        tensors = list(_tensors(output))
+        logits = self._logits(tensors, inputs)
+        again = recomputing()
+        if again and self._had_graph:
+            return  # the hooks of the first forward see this backward pass
+        if not again:
+            self._had_graph = logits.requires_grad
+        tokens = logits.numel() // self.site.num_experts
+        known = self._tokens.of_layer(self.site.name, tokens, again)
+        self._seen = {"logits": logits, "recomputed": again} | known | self._choices(tensors, tokens)
+        if not self._inside:
+            self._flush(None)
+
+    def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seen is not None and self._seen.get("ids") is None:
+            tokens = self._seen["logits"].numel() // self.site.num_experts
+            self._seen |= self._choices(list(_tensors((*args, *kwargs.values()))), tokens)
+
+    def _close(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._inside = False
+        self._flush(output)
+
+    def _flush(self, output: Any) -> None:
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            tokens = seen["logits"].numel() // self.site.num_experts
+            fitting = (t for t in _tensors(output) if t.is_floating_point() and t.numel() == tokens * t.shape[-1])
+            self._sink(LayerForward(layer=self.site.name, output=next(fitting, None), **seen))
 
     def _logits(self, tensors: Sequence[Tensor], inputs: tuple[Any, ...]) -> Tensor:
         experts = self.site.num_experts
@@ -63,60 +130,30 @@ class RouterTap:
         z = F.linear(x, self.site.weight.float(), None if bias is None else bias.float())
         return min(range(len(found)), key=lambda i: float((found[i].float().reshape(z.shape) - z).abs().mean()))
 
-    def _ids(self, tensors: Sequence[Tensor], logits: Tensor) -> Tensor | None:
-        for tensor in tensors:
-            integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
-            if integers and tensor.shape[:-1] == logits.shape[:-1] and tensor.shape[-1] < logits.shape[-1]:
-                return tensor
-        return None
+    def _choices(self, tensors: Sequence[Tensor], tokens: int) -> dict[str, Tensor]:
+        experts = self.site.num_experts
+        for ids in tensors:
+            integers = not ids.is_floating_point() and ids.dtype != torch.bool and ids.ndim
+            if integers and ids.shape[-1] < experts and ids.numel() == tokens * ids.shape[-1]:
+                gates = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
+                return {"ids": ids} if gates is None else {"ids": ids, "gates": gates}
+        return {}
 
 
-class MaskTap:
-    """Holds the attention mask of the model's forward while it runs: True where a token is real.
-
-    Args:
-        model: a module that may be called with ``attention_mask=`` (B, L).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.mask: Tensor | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def for_tokens(self, logits: Tensor) -> Tensor | None:
-        """Return the mask in the shape of the tokens of ``logits`` (..., E), None without a mask.
-
-        Raises:
-            ValueError: the mask is for another number of tokens.
-        """
-        if self.mask is None:
-            return None
-        tokens = logits.shape[:-1]
-        if self.mask.numel() != tokens.numel():
-            raise ValueError(
-                f"attention_mask {tuple(self.mask.shape)} does not fit the {tokens.numel()} tokens a router saw: "
-                "pass the mask with record(mask=...)"
-            )
-        return self.mask.reshape(tokens)
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        # Only a padding mask (B, L) says which tokens are real; (B, H, L, L) says who sees whom.
-        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.mask = None
+def _is_called(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList) and type(module).forward is not nn.Module.forward
 
 
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing computing again what was counted."""
-    # The autograd engine's task id is the only sign both kinds of checkpointing give; the compiler cannot trace it, and
-    # traces a checkpointed region once, so there it is not needed.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors of a module's output: one, or those in a tuple, a list, a mapping or a dataclass."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))

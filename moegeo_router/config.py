@@ -1,0 +1,97 @@
+"""What ``attach`` does: one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .losses import Regularizers
+from .observe.fisher import Estimator, GatesScale, LossScale
+from .routers.find import Select
+from .routers.gating import ScoreFunction
+
+Step = Literal["riemannian"]
+OnError = Literal["warn", "raise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometryConfig:
+    """What ``attach`` watches, regularizes and steps.
+
+    Attributes:
+        select: which routers, see ``find_routers``; by default those its rules find.
+        hooks: tap the model's forward passes. False: only what ``record`` is given, for loops of one's own.
+        scores: the routers' score function, which makes p of their logits.
+        top_k: experts chosen per token, for layers that show logits only: their choices are then taken to be the k
+            largest logits. Without it such layers have no load metrics.
+        renormalize: for the same layers, whether the gates of a token's chosen experts sum to 1.
+        fisher: estimator of the experts' Fisher traces, from which FHS comes: ``"outputs"`` (any block),
+            ``"parameters"`` (exact, linear experts), ``"minibatch"`` (needs an optimizer), or None.
+        loss: whether the training loss is a ``"mean"`` over a forward's tokens or a ``"sum"`` over a total that all
+            micro-batches and ranks share: it decides how the traces of unequal micro-batches add up.
+        gates: what the gates multiply, the experts' ``"output"`` or their ``"input"`` (Llama 4).
+        num_domains: D, for ``fsi_domain``; domains arrive by ``tokens(domains=...)`` or ``record(domains=...)``.
+        regularizers: which are on. None: with an optimizer the defaults of ``Regularizers``, without one none.
+        inject: the regularizers ride on the graph: their gradient joins that of the router's logits, and the loss of
+            the user is left alone. Otherwise they come from ``loss()``.
+        accumulation: injected gradients are divided by this: the number of micro-batches whose losses the user divides
+            by it. (``loss()`` needs no such number: it is divided with the rest.)
+        grad_scaler: the ``torch.amp.GradScaler`` of the run, for injected gradients, which must be scaled like others.
+        step: how the routers are stepped when there is an optimizer: ``"riemannian"`` takes their step over from it,
+            None leaves it there.
+        router_lr: factor on the learning rate of a router's group, see ``RouterSteps``.
+        per_layer: ``metrics()`` also has every layer's scalars.
+        per_expert: ``metrics()`` also has the load share, the share of the traces and p̄ of every expert.
+        pictures_every: ``log_pictures`` writes at every so many steps; 0: never.
+        on_error: ``"warn"``: an error while watching switches the watching off, once, on all ranks together, with the
+            reason, and never stops a run; ``"raise"``.
+        group: the data-parallel process group; None is the default group, if there is one.
+
+    Raises:
+        ValueError: a value out of range, or options that exclude each other.
+    """
+
+    select: Select = None
+    hooks: bool = True
+    scores: ScoreFunction = "softmax"
+    top_k: int | None = None
+    renormalize: bool = True
+    fisher: Estimator | None = "outputs"
+    loss: LossScale = "mean"
+    gates: GatesScale = "output"
+    num_domains: int = 0
+    regularizers: Regularizers | None = None
+    inject: bool = False
+    accumulation: int = 1
+    grad_scaler: Any = None
+    step: Step | None = "riemannian"
+    router_lr: float = 1.0
+    per_layer: bool = False
+    per_expert: bool = False
+    pictures_every: int = 0
+    on_error: OnError = "warn"
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        _check_choice("scores", self.scores, get_args(ScoreFunction))
+        _check_choice("fisher", self.fisher, (*get_args(Estimator), None))
+        _check_choice("loss", self.loss, get_args(LossScale))
+        _check_choice("gates", self.gates, get_args(GatesScale))
+        _check_choice("step", self.step, (*get_args(Step), None))
+        _check_choice("on_error", self.on_error, get_args(OnError))
+        for name, least in (("top_k", 1), ("num_domains", 0), ("accumulation", 1), ("pictures_every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.router_lr < float("inf"):
+            raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
+        if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":
+            raise ValueError(f"regularizers.fhs needs fisher='outputs', got {self.fisher!r}")
+        if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "scale", None)):
+            raise ValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(self.grad_scaler).__name__}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")

@@ -1,0 +1,208 @@
+"""The regularizers of a run: what they refer to, how they reach the gradient, and whether they did.
+
+``losses`` has the mathematics; here is the state from step to step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .config import GeometryConfig
+from .losses import Linearization, Regularizers, additive_loss, linearize
+from .observe.forward import LayerForward
+from .observe.statistics import LayerStatistics, RoutingStatistics
+from .routers.find import RouterSite
+from .routers.gating import topk_gating
+
+#: Weight of the past in the running mean of the experts' sensitivities.
+SENSITIVITY_DECAY = 0.9
+
+
+def regularization_of(
+    model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig, trained: bool
+) -> Regularization:
+    """Return the regularization of an ``attach``: what was asked for, else the defaults if the model is trained by us.
+
+    A model whose own auxiliary loss is on gets a warning.
+
+    Args:
+        model: the model.
+        sites: its routers.
+        config: of the ``attach``.
+        trained: whether there is an optimizer.
+
+    Raises:
+        ValueError: regularizers were asked for and a router is frozen.
+    """
+    asked = config.regularizers
+    frozen = [site.name for site in sites if not site.weight.requires_grad]
+    if asked is not None and asked.active and frozen:
+        raise ValueError(f"regularizers were asked for, but the routers {', '.join(frozen)} are frozen")
+    weights = asked if asked is not None else Regularizers() if trained else Regularizers.none()
+    if weights.active:
+        _warn_of_own_loss(model)
+    return Regularization(weights, asked is not None, config, frozen)
+
+
+class Regularization:
+    """Adds the regularizers to the loss, by ``loss()`` or on the graph, and checks that they arrive.
+
+    Args:
+        weights: which are on.
+        required: they were asked for by name: not reaching a router is an error, else a warning.
+        config: of the ``attach``.
+        frozen: layers whose router gets no gradient, and so no regularizer.
+    """
+
+    def __init__(
+        self, weights: Regularizers, required: bool, config: GeometryConfig, frozen: Iterable[str] = ()
+    ) -> None:
+        self.weights, self._required, self._config, self._frozen = weights, required, config, frozenset(frozen)
+        self._references: dict[str, Linearization] = {}
+        self._sensitivities: dict[str, Tensor] = {}
+        self._pending: list[LayerForward] = []
+        self._reached: set[str] = set()
+        self._told = False
+
+    @property
+    def on(self) -> bool:
+        """Whether any regularizer is on."""
+        return bool(self.weights.active)
+
+    def begin_forward(self) -> None:
+        """Forget forwards that no ``loss()`` asked for: it is about the newest one."""
+        self._pending.clear()
+
+    def observe(self, seen: LayerForward) -> None:
+        """Take up one forward pass: inject its gradient, or keep it for ``loss()``."""
+        if not self.on or seen.layer in self._frozen:
+            return
+        if self._config.inject:
+            if seen.logits.requires_grad:
+                self._inject(seen)
+        elif not seen.recomputed:
+            self._pending.append(seen)
+
+    def loss(self, tokens: int | None = None) -> Tensor:
+        """Return the regularizers of the forwards since the last one; see ``Geometry.loss``."""
+        if self._config.inject:
+            raise RuntimeError("the regularizers are injected (inject=True): adding loss() would count them twice")
+        pending, self._pending = self._pending, []
+        total = torch.zeros(())
+        for seen in pending:
+            if torch.is_grad_enabled() and not seen.logits.requires_grad:
+                raise RuntimeError(
+                    f"the logits of layer {seen.layer} carry no gradient (reentrant activation checkpointing?): "
+                    "take GeometryConfig(inject=True), which works there, or non-reentrant checkpointing"
+                )
+            total = total.to(seen.logits.device) + self._additive(seen, tokens)
+        if total.requires_grad:
+            layers = {seen.layer for seen in pending}
+            total.register_hook(lambda _: self._reached.update(layers))
+        return total
+
+    def check(self, layers: Iterable[str]) -> None:
+        """Make sure that the regularizers' gradient reached the routers of these layers in this step.
+
+        Raises:
+            RuntimeError: it did not, and they were asked for.
+        """
+        missing = [layer for layer in layers if layer not in self._reached and layer not in self._frozen]
+        self._reached.clear()
+        if not self.on or not missing or self._told:
+            return
+        how = (
+            "their block does not use the logits that were tapped"
+            if self._config.inject
+            else "add geometry.loss() to the loss that is backpropagated, or take GeometryConfig(inject=True)"
+        )
+        message = (
+            f"the regularizers ({', '.join(self.weights.active)}) reached no router of {', '.join(missing)}: {how}"
+        )
+        if self._required:
+            raise RuntimeError(message)
+        self._told = True
+        warnings.warn(
+            f"{message}, or switch them off with GeometryConfig(regularizers=Regularizers.none())", stacklevel=4
+        )
+
+    def end_step(self, reduced: RoutingStatistics) -> Tensor:
+        """Refer to the reduced sums of this step from now on; return the regularizers' value there, (layers,)."""
+        if self.weights.fhs:
+            for layer, sums in reduced.layers.items():
+                self._sensitivities[layer] = _sensitivity(sums, self._sensitivities.get(layer))
+        return self._refer_to(reduced)
+
+    def sensitivities(self) -> dict[str, Tensor]:
+        """Return the running means that ``fhs`` depends on, by layer, for ``state_dict``."""
+        return dict(self._sensitivities)
+
+    def restore(self, reduced: RoutingStatistics, sensitivities: dict[str, Tensor]) -> Tensor:
+        """Continue from the sums of a step and the running means after it; returns what ``end_step`` did."""
+        self._sensitivities = dict(sensitivities)
+        return self._refer_to(reduced)
+
+    def _refer_to(self, reduced: RoutingStatistics) -> Tensor:
+        if not self.on:
+            return torch.zeros(0)
+        for layer, sums in reduced.layers.items():
+            self._references[layer] = linearize(self.weights, sums, self._sensitivities.get(layer))
+        return torch.stack([self._references[layer].value for layer in reduced.layers])
+
+    def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
+        if self.weights.fhs and seen.gates is None and self._config.top_k is not None:
+            logits = seen.logits.reshape(seen.size, -1)
+            gating = topk_gating(
+                logits, self._config.top_k, scores=self._config.scores, renormalize=self._config.renormalize
+            )
+            seen = replace(seen, ids=gating.ids, gates=gating.weights)
+        reference = self._references.get(seen.layer)
+        return additive_loss(seen, self.weights, reference, scores=self._config.scores, tokens=tokens)
+
+    def _inject(self, seen: LayerForward) -> None:
+        """Let the regularizers' gradient join that of the logits (and gates) when the backward pass gets there."""
+        logits = seen.logits.detach().requires_grad_()
+        used = seen.gates if seen.gates is not None and seen.gates.requires_grad else None
+        gates = None if used is None else used.detach().requires_grad_()
+        # A checkpointed region's hooks would take these tensors for its own, and run the region again for them.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            loss = self._additive(replace(seen, logits=logits, gates=gates), None) / self._config.accumulation
+            if self._config.grad_scaler is not None:
+                loss = self._config.grad_scaler.scale(loss)
+            wanted = [logits] if gates is None else [logits, gates]
+            gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
+        for tensor, extra in zip([seen.logits, used], gradients, strict=False):
+            if tensor is not None:
+                tensor.register_hook(partial(self._add, seen.layer, extra))
+
+    def _add(self, layer: str, extra: Tensor, gradient: Tensor) -> Tensor:
+        self._reached.add(layer)
+        return gradient + extra.to(gradient.dtype)
+
+
+def _sensitivity(sums: LayerStatistics, before: Tensor | None) -> Tensor:
+    """Return the running mean of ``Σ g² ‖δ‖² / Σ g²`` over its mean: a factor common to the experts cancels in FHS."""
+    seen = sums.gates_squared > 0
+    now = torch.where(seen, sums.traces, 0) / torch.where(seen, sums.gates_squared, 1)
+    mean = now.sum() / seen.sum().clamp_min(1)
+    past = torch.ones_like(now) if before is None else before.to(now.device)
+    # An expert that was not used, or a step without a signal, keeps what is known.
+    known = torch.where(seen & (mean > 0), now / torch.where(mean > 0, mean, 1), past)
+    return known if before is None else SENSITIVITY_DECAY * past + (1 - SENSITIVITY_DECAY) * known
+
+
+def _warn_of_own_loss(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    weight = getattr(config, "router_aux_loss_coef", 0)
+    if getattr(config, "output_router_logits", False) and weight:
+        warnings.warn(
+            f"the model adds an auxiliary loss of its own, too (output_router_logits=True, router_aux_loss_coef="
+            f"{weight}): switch one of the two off",
+            stacklevel=5,
+        )
