@@ -13,7 +13,7 @@ setup: $(VENV)/.installed  ## the environment of the tests, in .venv
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed (looked for python3.11, python3, python); PYTHON=... names it"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,transformers,dev]"
 	@touch $@
 
 demo: setup  ## train a small MoE language model on real text, with geometry

@@ -106,7 +106,15 @@ class Geometry:
         self._taps: list[LayerTap] = []
         if config.hooks:
             self._window.experts = {site.name: site.num_experts for site in sites}
-            self._taps = taps_of(model, sites, self._token_tap, self._observe, self._fail, lambda: not self._paused)
+            self._taps = taps_of(
+                model,
+                sites,
+                self._token_tap,
+                self._observe,
+                self._fail,
+                active=lambda: not self._paused,
+                join=config.inject and self._regularization.on,
+            )
         try:
             for tap in self._taps:
                 self._estimators[tap.site.name] = self._estimator(tap.site.name, tap)
@@ -175,15 +183,16 @@ class Geometry:
             return
         if not again:
             self._had_graph[layer] = logits.requires_grad
-        flat = {"mask": mask, "domains": domains, "sequences": sequences}
         seen = LayerForward(
             layer=layer,
             logits=logits,
             ids=ids,
             gates=gates,
             output=output,
+            mask=_flat(mask),
+            domains=_flat(domains),
+            sequences=_flat(sequences),
             recomputed=again,
-            **{name: None if values is None else values.reshape(-1) for name, values in flat.items()},
         )
         self._check_experts(seen)
         if layer not in self._estimators:
@@ -408,3 +417,7 @@ class Geometry:
         for estimator in self._estimators.values():
             estimator.remove()
         self._taps = []
+
+
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(-1)

@@ -177,6 +177,10 @@ class Regularization:
                 loss = self._config.grad_scaler.scale(loss)
             wanted = [logits] if gates is None else [logits, gates]
             gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
+        if seen.joint is not None:
+            seen.joint.logits, seen.joint.gates = gradients if gates is not None else (*gradients, None)
+            seen.joint.reached = partial(self._reached.add, seen.layer)
+            return
         for tensor, extra in zip([seen.logits, used], gradients, strict=False):
             if tensor is not None:
                 tensor.register_hook(partial(self._add, seen.layer, extra))

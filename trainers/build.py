@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
-from moegeo_router.loggers import JSONLLogger, Logger, MultiLogger, WandbLogger
+from moegeo_router.loggers import JSONLLogger, Logger, MultiLogger, TensorBoardLogger, WandbLogger
 from trainers.data.base import Data, LanguageData, VisionData
 from trainers.loop import Interrupted, NonFiniteError
 from trainers.models.language import LanguageModel
@@ -103,7 +103,7 @@ def build_optimizers(config: DictConfig, model: nn.Module) -> list[Optimizer]:
 def build_logger(
     config: DictConfig, directory: Path, *, resume_step: int | None, run_id: str | None
 ) -> tuple[Logger, list[str], str | None]:
-    """Return the loggers of a run: JSON lines always, wandb unless it is disabled.
+    """Return the loggers of a run: JSON lines always, TensorBoard if it is wanted, wandb unless it is disabled.
 
     Args:
         config: the whole configuration.
@@ -113,25 +113,34 @@ def build_logger(
 
     Returns:
         The logger, lines that say how to open the logs, and wandb's run id.
+
+    Raises:
+        ValueError: ``logger.tensorboard`` is not true or false, or as in the loggers.
     """
+    _check_type("logger.tensorboard", config.logger.tensorboard, "bool")
     path = directory / "metrics.jsonl"
-    jsonl_logger = JSONLLogger(path, resume_step=resume_step)
+    loggers: list[Logger] = [JSONLLogger(path, resume_step=resume_step)]
     how_to_open = [f"{path}: one JSON object a step"]
-    if config.logger.wandb == "disabled":
-        return jsonl_logger, how_to_open, run_id
     try:
-        wandb_logger = WandbLogger(
-            project=config.logger.project,
-            name=config.name,
-            directory=directory,
-            config=plain(config),
-            mode=config.logger.wandb,
-            run_id=run_id,
-        )
+        if config.logger.tensorboard:
+            loggers.append(tensorboard := TensorBoardLogger(directory / "tensorboard", resume_step=resume_step))
+            how_to_open.append(tensorboard.how_to_open)
+        if config.logger.wandb != "disabled":
+            wandb_logger = WandbLogger(
+                project=config.logger.project,
+                name=config.name,
+                directory=directory,
+                config=plain(config),
+                mode=config.logger.wandb,
+                run_id=run_id,
+            )
+            loggers.append(wandb_logger)
+            how_to_open.append(wandb_logger.how_to_open)
+            run_id = wandb_logger.run_id
     except BaseException:
-        jsonl_logger.close(exit_code=1)
+        MultiLogger(loggers).close(exit_code=1)
         raise
-    return MultiLogger([jsonl_logger, wandb_logger]), [*how_to_open, wandb_logger.how_to_open], wandb_logger.run_id
+    return loggers[0] if len(loggers) == 1 else MultiLogger(loggers), how_to_open, run_id
 
 
 def check_overrides(config_name: str) -> None:

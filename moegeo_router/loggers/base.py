@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from numbers import Real
 from typing import Protocol
 
-RESERVED_KEYS = frozenset({"step", "time", "event", "non_finite"})
+RESERVED_KEYS = frozenset({"step", "time", "event", "non_finite", "histogram", "heatmap"})
 """Keys that a logger writes itself beside the caller's."""
+
+BINS = 20
+"""The bins of every histogram."""
 
 
 class Logger(Protocol):
-    """What a training loop needs of a log: numbers, things that happened, and an end."""
+    """What a training loop needs of a log: numbers, distributions, things that happened, and an end."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers.
@@ -37,6 +44,35 @@ class Logger(Protocol):
 
         Raises:
             ValueError: a field is reserved or cannot be written as JSON, or the step is invalid.
+        """
+
+    def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Write how numbers are distributed, in the bins of ``bin_values`` (the experts' shares of the load).
+
+        Args:
+            key: as in ``log``, and of one kind: wandb and TensorBoard show no second under the same key
+                ("geometry/layer0/load").
+            values: one plain, finite number or more.
+            step: the optimizer step the numbers belong to, >= 0.
+
+        Raises:
+            ValueError: the key is reserved or not a string, there are no values, one is not a finite plain number, or
+                the step is invalid.
+        """
+
+    def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
+        """Write a matrix: one row a layer, one column an expert (the load of every expert of every layer).
+
+        Args:
+            key: as in ``histogram`` ("geometry/loads").
+            rows: plain, finite numbers >= 0 (a picture of them is scaled from 0 to their maximum); a layer with fewer
+                experts has a shorter row.
+            labels: what each row is ("layer0").
+            step: the optimizer step the numbers belong to, >= 0.
+
+        Raises:
+            ValueError: the key is reserved or not a string, there are no numbers, one is not a finite plain number
+                >= 0, there is not one text a row in the labels, or the step is invalid.
         """
 
     def close(self, exit_code: int = 0) -> None:
@@ -86,6 +122,76 @@ def check_event(kind: str, fields: Mapping[str, object], step: int) -> None:
             raise ValueError(f"fields[{key!r}]: expected something JSON can hold, got {error}") from None
 
 
+def check_histogram(key: str, values: Sequence[float], step: int) -> None:
+    """Check one distribution.
+
+    Args:
+        key: as in ``Logger.histogram``.
+        values: as in ``Logger.histogram``.
+        step: as in ``Logger.histogram``.
+
+    Raises:
+        ValueError: as in ``Logger.histogram``.
+    """
+    _check_step(step)
+    _check_key("key", key)
+    if len(values) == 0:
+        raise ValueError("values: expected one number or more, got none")
+    _check_finite("values", values)
+
+
+def check_heatmap(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
+    """Check one matrix.
+
+    Args:
+        key: as in ``Logger.heatmap``.
+        rows: as in ``Logger.heatmap``.
+        labels: as in ``Logger.heatmap``.
+        step: as in ``Logger.heatmap``.
+
+    Raises:
+        ValueError: as in ``Logger.heatmap``.
+    """
+    _check_step(step)
+    _check_key("key", key)
+    if sum(len(row) for row in rows) == 0:
+        raise ValueError("rows: expected one number or more, got none")
+    for index, row in enumerate(rows):
+        _check_finite(f"rows[{index}]", row)
+        if min(row, default=0) < 0:
+            raise ValueError(f"rows[{index}]: expected numbers >= 0, got {min(row)!r}")
+    if len(labels) != len(rows) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels: expected a text for each of the {len(rows)} rows, got {labels!r}")
+
+
+def bin_values(values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Count numbers in equal bins between their minimum and their maximum, which the last bin includes.
+
+    Numbers that are all equal, or too close for as many different edges, lie in the middle of bins of 0.05.
+
+    Args:
+        values: one finite number or more.
+
+    Returns:
+        The ``BINS`` counts and the ``BINS + 1`` edges.
+    """
+    low, high = float(min(values)), float(max(values))
+    edges = _edges(low, high)
+    if any(left >= right for left, right in pairwise(edges)):
+        # Bins of 0.05 are themselves below the resolution of large numbers, and the largest float has none above it.
+        reach, largest = max(0.5, 1e-9 * high, -1e-9 * low), sys.float_info.max
+        edges = _edges(max(low - reach, -largest), min(high + reach, largest))
+    counts = [0] * BINS
+    for value in values:
+        counts[min(bisect_right(edges, float(value)), BINS) - 1] += 1
+    return counts, edges
+
+
+def _edges(low: float, high: float) -> list[float]:
+    # Not low + i * (high - low) / BINS: the difference of two finite floats may be infinite.
+    return [low * (1 - i / BINS) + high * (i / BINS) for i in range(BINS + 1)]
+
+
 def _check_step(step: int) -> None:
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step: expected an int >= 0, got {step!r}")
@@ -96,6 +202,17 @@ def _check_key(argument: str, key: object) -> None:
         raise ValueError(f"{argument}: expected string keys other than {sorted(RESERVED_KEYS)}, got {key!r}")
 
 
+def _check_finite(argument: str, values: Iterable[float]) -> None:
+    for value in values:
+        try:
+            finite = isinstance(value, Real) and math.isfinite(value)
+        except OverflowError:  # an int that no float can hold
+            finite = False
+        if not finite:
+            got = f"{value!r:.40}" if isinstance(value, Real) else type(value).__name__
+            raise ValueError(f"{argument}: expected finite plain numbers, got {got}")
+
+
 class NullLogger:
     """A logger that writes nothing."""
 
@@ -103,6 +220,12 @@ class NullLogger:
         """Do nothing."""
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Do nothing."""
+
+    def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Do nothing."""
+
+    def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
         """Do nothing."""
 
     def close(self, exit_code: int = 0) -> None:
@@ -124,28 +247,33 @@ class MultiLogger:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers to every logger (see ``Logger.log``)."""
         check_metrics(metrics, step)
-        for logger in list(self.loggers):
-            try:
-                logger.log(metrics, step)
-            except Exception as error:
-                self._drop(logger, f"step {step}", error)
+        self._feed(f"step {step}", lambda logger: logger.log(metrics, step))
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Write one event to every logger (see ``Logger.event``)."""
         check_event(kind, fields, step)
-        for logger in list(self.loggers):
-            try:
-                logger.event(kind, fields, step)
-            except Exception as error:
-                self._drop(logger, f"step {step}", error)
+        self._feed(f"step {step}", lambda logger: logger.event(kind, fields, step))
+
+    def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Write one distribution to every logger (see ``Logger.histogram``)."""
+        check_histogram(key, values, step)
+        self._feed(f"step {step}", lambda logger: logger.histogram(key, values, step))
+
+    def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
+        """Write one matrix to every logger (see ``Logger.heatmap``)."""
+        check_heatmap(key, rows, labels, step)
+        self._feed(f"step {step}", lambda logger: logger.heatmap(key, rows, labels, step))
 
     def close(self, exit_code: int = 0) -> None:
         """Close every logger; one that fails to close does not keep the others open."""
+        self._feed("close", lambda logger: logger.close(exit_code))
+
+    def _feed(self, when: str, call: Callable[[Logger], None]) -> None:
         for logger in list(self.loggers):
             try:
-                logger.close(exit_code)
+                call(logger)
             except Exception as error:
-                self._drop(logger, "close", error)
+                self._drop(logger, when, error)
 
     def _drop(self, logger: Logger, when: str, error: Exception) -> None:
         self.loggers.remove(logger)
@@ -153,4 +281,4 @@ class MultiLogger:
             logger.close(exit_code=1)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"{type(logger).__name__} failed at {when} and is dropped; the run goes on ({reason})"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)  # the caller's line

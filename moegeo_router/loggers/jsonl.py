@@ -6,18 +6,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import check_event, check_metrics
+from .base import bin_values, check_event, check_heatmap, check_histogram, check_metrics
 
 
 class JSONLLogger:
     """Append rows to a JSON-lines file.
 
     A row of numbers is ``{"step": 3, "time": 1700000000.0, "train/loss": 2.5}``, an event
-    ``{"step": 3, "time": ..., "event": "checkpoint", "path": "..."}``; ``time`` is in seconds since the epoch.
+    ``{"step": 3, "time": ..., "event": "checkpoint", "path": "..."}``, a distribution
+    ``{"step": 3, "time": ..., "histogram": "geometry/layer0/load", "counts": [...], "edges": [...]}`` and a matrix
+    ``{"step": 3, "time": ..., "heatmap": "geometry/loads", "labels": [...], "rows": [[...]]}``; ``time`` is in seconds
+    since the epoch.
     JSON has no NaN: such a value is written as null and named in the row's
     ``"non_finite": {"train/loss": "nan" | "inf" | "-inf"}``; ``read_jsonl`` gives the float back. Inside the lists and
     dicts of an event it becomes that string.
@@ -45,15 +48,25 @@ class JSONLLogger:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers (see ``Logger.log``)."""
         check_metrics(metrics, step)
-        # Other libraries' scalars (numpy's float32) are Real, but json does not know them.
-        plain = {key: value if isinstance(value, int | float) else float(value) for key, value in metrics.items()}
-        self._write({"step": step, "time": time.time()}, plain)
+        self._write({"step": step, "time": time.time()}, dict(zip(metrics, _plain(metrics.values()), strict=True)))
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
         nested = {key: value if isinstance(value, float) else _finite(value) for key, value in fields.items()}
         self._write({"step": step, "time": time.time(), "event": kind}, nested)
+
+    def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Write one distribution, as the counts in equal bins and the edges of these (see ``Logger.histogram``)."""
+        check_histogram(key, values, step)
+        counts, edges = bin_values(values)
+        self._write({"step": step, "time": time.time(), "histogram": key, "counts": counts, "edges": edges}, {})
+
+    def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
+        """Write one matrix, as its numbers (see ``Logger.heatmap``)."""
+        check_heatmap(key, rows, labels, step)
+        numbers = [_plain(row) for row in rows]
+        self._write({"step": step, "time": time.time(), "heatmap": key, "labels": list(labels), "rows": numbers}, {})
 
     def close(self, exit_code: int = 0) -> None:
         """Close the file; the exit code is not recorded."""
@@ -111,6 +124,11 @@ def _drop_rows_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(shorter, path)
+
+
+def _plain(values: Iterable[float]) -> list[float]:
+    # Other libraries' scalars (numpy's float32) are Real, but json does not know them.
+    return [value if isinstance(value, int | float) else float(value) for value in values]
 
 
 def _is_non_finite(value: object) -> bool:

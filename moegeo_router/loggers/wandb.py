@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .base import check_event, check_metrics
+from .base import bin_values, check_event, check_heatmap, check_histogram, check_metrics
+from .picture import heatmap_caption, heatmap_picture
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -102,6 +103,17 @@ class WandbLogger:
         check_event(kind, fields, step)
         row = {f"event/{kind}/{key}": _scalar(value) for key, value in fields.items()}
         self._run.log({"step": step, f"event/{kind}": 1, **row})
+
+    def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Write one distribution (see ``Logger.histogram``)."""
+        check_histogram(key, values, step)
+        self._run.log({"step": step, key: _import_wandb().Histogram(np_histogram=bin_values(values))})
+
+    def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
+        """Write one matrix as a picture, with labels and scale in its caption (see ``Logger.heatmap``)."""
+        check_heatmap(key, rows, labels, step)
+        picture = _import_wandb().Image(heatmap_picture(rows), caption=heatmap_caption(rows, labels))
+        self._run.log({"step": step, key: picture})
 
     def close(self, exit_code: int = 0) -> None:
         """End the run, failed if the exit code is not 0; wandb's service may write its last rows a moment later."""

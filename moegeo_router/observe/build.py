@@ -51,8 +51,9 @@ def taps_of(
     sink: Sink,
     failed: Callable[[str, Exception], None],
     active: Callable[[], bool],
+    join: bool,
 ) -> list[LayerTap]:
-    """Return a tap on each router's layer."""
+    """Return a tap on each router's layer; see ``LayerTap``."""
     taps = []
     for site in sites:
         block = block_of(model, site)
@@ -65,6 +66,7 @@ def taps_of(
                 sink,
                 failed=partial(failed, site.name),
                 active=active,
+                join=join,
             )
         )
     return taps

@@ -5,10 +5,47 @@ Shape legend: T tokens, E experts, K chosen experts, D width; ``...`` are leadin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Joint:
+    """Where gradients are left that shall join those of a router's logits and gates in the backward pass.
+
+    A hook on the logits would do where the model uses them; but a model that uses only what was made of them (and is
+    compiled) gives them no gradient to join. So the gates are passed on through an identity that also depends on the
+    logits.
+    """
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self.gates: Tensor | None = None
+        self.reached: Callable[[], None] = _do_nothing
+
+    def on(self, gates: Tensor, logits: Tensor) -> Tensor:
+        """Return the gates, to be used in place of those given."""
+        return _Join.apply(gates, logits, self)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, logits: Tensor, joint: Joint) -> Tensor:
+        ctx.joint = joint
+        return gates.clone()  # not a view: the model may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (gradient,) = gradients
+        joint: Joint = ctx.joint
+        joint.reached()
+        return gradient if joint.gates is None else gradient + joint.gates.to(gradient), joint.logits, None
+
+
+def _do_nothing() -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +62,7 @@ class LayerForward:
         domains: (T,) domain of each token.
         sequences: (T,) a number for each token's sequence.
         recomputed: whether activation checkpointing runs this forward again, inside the backward pass.
+        joint: where gradients for logits and gates can be left; None: as hooks on the tensors.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -39,6 +77,7 @@ class LayerForward:
     domains: Tensor | None = None
     sequences: Tensor | None = None
     recomputed: bool = False
+    joint: Joint | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim == 0 or not self.logits.is_floating_point():

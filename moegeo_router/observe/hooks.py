@@ -17,20 +17,21 @@ class Hook:
     The compiler does not look inside: a compiled model is cut there and gives the same numbers.
 
     Args:
-        call: what the hook does; what it returns is ignored.
+        call: what the hook does; returns the module's new output, or None.
         failed: what is done with its errors.
     """
 
-    def __init__(self, call: Callable[..., None], failed: Failed) -> None:
+    def __init__(self, call: Callable[..., Any], failed: Failed) -> None:
         self._call, self._failed = call, failed
 
     @torch.compiler.disable
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Run."""
         try:
-            self._call(*args)
+            return self._call(*args)
         except Exception as error:
             self._failed(error)
+            return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         """Return a hook that does nothing."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..routers.experts import Experts
 from ..routers.find import RouterSite
-from .forward import LayerForward
+from .forward import Joint, LayerForward
 from .hooks import Failed, Hook, recomputing
 from .tokens import TokenTap
 
@@ -41,6 +41,7 @@ class LayerTap:
         sink: what receives each forward pass.
         failed: what is done with an error of the hooks.
         active: whether anything is to be seen now.
+        join: gates that the router returns are passed on so that gradients can join them (``Joint``).
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class LayerTap:
         sink: Sink,
         failed: Failed,
         active: Callable[[], bool],
+        join: bool = False,
     ) -> None:
         self.site, self.experts = site, experts
-        self._tokens, self._sink, self._active = tokens, sink, active
+        self._tokens, self._sink, self._active, self._join = tokens, sink, active, join
         self._which: int | None = None
         self._inside = False
         self._had_graph = False
@@ -80,22 +82,35 @@ class LayerTap:
     def _open(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._inside, self._seen = True, None
 
-    def _router(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _router(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not module.training or not self._active():
-            return
+            return None
         self._flush(None)  # a block that calls its router in chunks
         tensors = list(_tensors(output))
         logits = self._logits(tensors, inputs)
         again = recomputing()
         if again and self._had_graph:
-            return  # the hooks of the first forward see this backward pass
+            return None  # the hooks of the first forward see this backward pass
         if not again:
             self._had_graph = logits.requires_grad
         tokens = logits.numel() // self.site.num_experts
         known = self._tokens.of_layer(self.site.name, tokens, again)
         self._seen = {"logits": logits, "recomputed": again} | known | self._choices(tensors, tokens)
+        output = self._joined(output)
         if not self._inside:
             self._flush(None)
+        return output
+
+    def _joined(self, output: Any) -> Any:
+        """Pass the gates on through a ``Joint`` and return the output with them, None where there is nothing to do."""
+        seen = self._seen or {}
+        gates = seen.get("gates")
+        if not self._join or gates is None or not seen["logits"].requires_grad or not isinstance(output, tuple | list):
+            return None
+        joint = Joint()
+        seen |= {"gates": joint.on(gates, seen["logits"]), "joint": joint}
+        items = [seen["gates"] if item is gates else item for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seen is not None and self._seen.get("ids") is None:

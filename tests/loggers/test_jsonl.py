@@ -71,6 +71,29 @@ def test_floats_come_back_bit_for_bit(tmp_path):
     assert [row[str(i)].hex() for i in range(len(values))] == [value.hex() for value in values]
 
 
+def test_a_histogram_is_its_counts_and_edges(tmp_path):
+    values = [0.3, 0.1, np.float32(0.5), 0.1, 1]
+    logger = JSONLLogger(tmp_path / "log.jsonl")
+    logger.histogram("geometry/load", values, 3)
+    logger.close()
+    (row,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert row.pop("time") <= time.time()
+    counts, edges = np.histogram(np.array(values, dtype=float), bins=20)
+    assert row.pop("counts") == counts.tolist()
+    np.testing.assert_allclose(row.pop("edges"), edges, rtol=1e-14)
+    assert row == {"step": 3, "histogram": "geometry/load"}
+
+
+def test_a_heatmap_keeps_its_numbers(tmp_path):
+    logger = JSONLLogger(tmp_path / "log.jsonl")
+    logger.heatmap("geometry/load", [[1 / 3, 0, 0.5], np.array([0.25, 2.5], dtype=np.float32)], ("a", "ü"), 3)
+    logger.close()
+    (row,) = read_jsonl(tmp_path / "log.jsonl")
+    assert row.pop("time") <= time.time()
+    rows = [[1 / 3, 0, 0.5], [0.25, 2.5]]
+    assert row == {"step": 3, "heatmap": "geometry/load", "labels": ["a", "ü"], "rows": rows}
+
+
 def test_a_killed_process_loses_no_row(tmp_path):
     path = tmp_path / "log.jsonl"
     code = (
@@ -88,13 +111,15 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path):
     for step in range(6):
         logger.log({"train/loss": float(step)}, step)
         logger.event("checkpoint", {}, step)
+        logger.histogram("load", [0.5, 1.0], step)
+        logger.heatmap("loads", [[0.5, 1.0]], ["layer0"], step)
     logger.close()
-    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:8])  # two rows for each of the steps 0, 1, 2, 3
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:16])  # four rows for each of the steps 0, 1, 2, 3
     logger = JSONLLogger(path, resume_step=3)
     assert path.read_bytes() == kept
     logger.log({"train/loss": 40.0}, 4)
     logger.close()
-    assert steps(path) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert steps(path) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]
     assert read_jsonl(path)[-1]["train/loss"] == 40.0
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
@@ -168,5 +193,9 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path):
         logger.log({"a": [1.0]}, 0)
     with pytest.raises(ValueError, match="fields"):
         logger.event("stop", {"path": tmp_path}, 0)
+    with pytest.raises(ValueError, match="values"):
+        logger.histogram("a", [], 0)
+    with pytest.raises(ValueError, match="rows"):
+        logger.heatmap("a", [[math.nan]], ["layer0"], 0)
     logger.close()
     assert read_jsonl(tmp_path / "log.jsonl") == []

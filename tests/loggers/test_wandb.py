@@ -6,9 +6,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moegeo_router.loggers import JSONLLogger, MultiLogger, WandbLogger, read_jsonl
+from moegeo_router.loggers.base import bin_values
+from moegeo_router.loggers.picture import heatmap_caption, heatmap_picture
 from tests.support.wandb_offline import find_runs, read_finished_run
 
 
@@ -86,6 +90,28 @@ def test_an_event_is_a_row_with_its_numbers_and_texts(tmp_path):
         "event/checkpoint/path": "a/b",
         "event/checkpoint/kept": "[1, 2]",
     }
+
+
+def test_a_histogram_and_a_heatmap_are_wandbs_own(tmp_path):
+    values, rows, labels = [0.5, 0.25, 0.25, 0.75], [[0.25, 0.75], [1.0]], ["layer0", "layer1"]
+    logger = start(tmp_path)
+    logger.histogram("geometry/load", values, 7)
+    logger.heatmap("geometry/loads", rows, labels, 7)
+    logger.close()
+    histogram, heatmap = only_run(tmp_path).history
+    counts, edges = bin_values(values)
+    assert histogram == {
+        "step": 7,
+        "geometry/load/_type": "histogram",
+        "geometry/load/values": counts,
+        "geometry/load/bins": edges,
+    }
+    assert heatmap["step"] == 7
+    assert heatmap["geometry/loads/_type"] == "image-file"
+    assert heatmap["geometry/loads/caption"] == heatmap_caption(rows, labels)
+    (run,) = find_runs(tmp_path)
+    with Image.open(run.parent / "files" / heatmap["geometry/loads/path"]) as picture:
+        np.testing.assert_array_equal(picture, heatmap_picture(rows))
 
 
 def test_a_resumed_run_keeps_its_id_and_may_repeat_steps(tmp_path):
@@ -171,6 +197,8 @@ def test_the_environment_wins_over_the_mode(tmp_path, monkeypatch):
     logger = start(tmp_path, mode="online")
     logger.log({"a": 1.0}, 0)
     logger.event("stop", {}, 0)
+    logger.histogram("b", [1.0], 0)
+    logger.heatmap("c", [[1.0]], ["layer0"], 0)
     logger.close()
     assert logger.how_to_open == "wandb is disabled: nothing was written"
     assert find_runs(tmp_path) == []
@@ -203,6 +231,10 @@ def test_mistakes_are_refused(tmp_path):
         logger.log({"a": Path()}, 0)
     with pytest.raises(ValueError, match="fields"):
         logger.event("stop", {"a": object()}, 0)
+    with pytest.raises(ValueError, match="values"):
+        logger.histogram("a", [], 0)
+    with pytest.raises(ValueError, match="labels"):
+        logger.heatmap("a", [[1.0]], [], 0)
     logger.close()
 
 

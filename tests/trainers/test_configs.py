@@ -9,8 +9,10 @@ import torch
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from moegeo_router.loggers import JSONLLogger, TensorBoardLogger, read_jsonl
 from tests.support.runs import CONFIGS, configuration
 from trainers import build
 from trainers.data.planted import PlantedText
@@ -114,7 +116,41 @@ def test_everything_composes_and_resolves_to_plain_values(data, logger):
     plain = build.plain(configuration(f"data={data}", f"model={model}", f"logger={logger}", "name=x", *extra))
     assert plain["directory"] == "runs/x"
     assert plain["data"]["_target_"].startswith("trainers.data.")
-    assert plain["logger"]["wandb"] == ("disabled" if logger == "jsonl" else "auto")
+    assert plain["logger"]["wandb"] == ("auto" if logger == "wandb" else "disabled")
+    assert plain["logger"]["tensorboard"] is (logger == "tensorboard")
+
+
+@pytest.mark.parametrize("logger", ["jsonl", "tensorboard"])
+def test_the_logger_that_is_asked_for_is_built_resumed_and_said(tmp_path, logger):
+    config = configuration(f"logger={logger}")
+    for resume_step, steps in ((None, (1, 2, 3)), (1, (2,))):  # 2 again, from the checkpoint at 1
+        built, how_to_open, run_id = build.build_logger(config, tmp_path, resume_step=resume_step, run_id="kept")
+        for step in steps:
+            built.log({"train/loss": float(step)}, step)
+        built.close()
+    assert run_id == "kept"
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert how_to_open[0].startswith(f"{tmp_path / 'metrics.jsonl'}: ")
+    if logger == "jsonl":
+        assert isinstance(built, JSONLLogger)
+        assert len(how_to_open) == 1
+        assert not (tmp_path / "tensorboard").exists()
+        return
+    (_, line) = how_to_open
+    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in line
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2]
+
+
+def test_tensorboard_may_go_with_any_logger_and_is_a_switch(tmp_path):
+    config = configuration("logger=wandb", "logger.wandb=disabled", "logger.tensorboard=true")
+    built, *_ = build.build_logger(config, tmp_path / "a", resume_step=None, run_id=None)
+    built.close()
+    assert [type(logger) for logger in built.loggers] == [JSONLLogger, TensorBoardLogger]
+    config = configuration("logger=jsonl", "logger.tensorboard=maybe")
+    with pytest.raises(ValueError, match=r"^logger\.tensorboard must be bool, got 'maybe'$"):
+        build.build_logger(config, tmp_path / "b", resume_step=None, run_id=None)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("data", SMALL)
