@@ -215,7 +215,10 @@ def _step_router(router: _Router, scale: float, grad_scale: Tensor | None) -> No
     (stepping,) = router.stepper.param_groups
     stepping["lr"] = float(group.get("lr", 0.0)) * scale * _unit(point)
     stepping["betas"] = group.get("betas", (0.9, 0.999))
+    before = point.detach().clone() if stepping["lr"] == 0 else None
     router.stepper.step()
+    if before is not None:
+        point.data.copy_(before)  # a step of length 0 must not round: a warm-up from 0 changes no bit
     point.grad = None
     if master:
         weight.copy_(point)
