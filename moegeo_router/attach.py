@@ -26,14 +26,14 @@ from .observe.build import (
     warn_of_constant_gates,
 )
 from .observe.fisher import TraceEstimator
-from .observe.forward import LayerForward
+from .observe.forward import LayerForward, rows
 from .observe.hooks import recomputing
 from .observe.statistics import LayerStatistics, RoutingStatistics
 from .observe.tokens import TokenTap
 from .observe.window import Window
 from .regularization import Regularization, regularization_of
 from .routers.find import RouterSite, find_routers
-from .routers.gating import topk_gating
+from .routers.gating import top_choices
 
 if TYPE_CHECKING:
     from .loggers import Logger
@@ -344,10 +344,10 @@ class Geometry:
 
     def _sums(self, seen: LayerForward) -> LayerStatistics:
         def flat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.detach().reshape(seen.size, -1)
+            return None if values is None else rows(values.detach())
 
         return LayerStatistics.of(
-            seen.logits.detach().reshape(seen.size, -1),
+            rows(seen.logits.detach()),
             flat(seen.ids),
             seen.mask,
             self.config.scores,
@@ -363,9 +363,9 @@ class Geometry:
             self._told.add(seen.layer)
             warn_of_constant_gates(seen)
         if seen.ids is None and self.config.top_k is not None:
-            logits, config = seen.logits.reshape(seen.size, -1), self.config
-            gating = topk_gating(logits, self.config.top_k, scores=config.scores, renormalize=config.renormalize)
-            seen = replace(seen, ids=gating.ids, gates=gating.weights)
+            logits, config = rows(seen.logits), self.config
+            ids, gates = top_choices(logits, self.config.top_k, config.scores, config.renormalize)
+            seen = replace(seen, ids=ids, gates=gates)
         if first:
             say_what_is_missing(seen, self.config)
         return seen

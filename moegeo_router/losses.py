@@ -24,7 +24,7 @@ from .geometry.simplex import FLOOR, entropy, fisher_rao_distance, root, uniform
 from .metrics.heterogeneity import fhs_squared
 from .metrics.load import load_share
 from .metrics.specialization import dispersion_from_means, fsi_max, information_from_means
-from .observe.forward import LayerForward, kept
+from .observe.forward import LayerForward, kept, rows
 from .observe.statistics import LayerStatistics
 from .routers.gating import ScoreFunction, routing_probabilities
 
@@ -245,7 +245,7 @@ def _gate_loss(seen: LayerForward, slopes_E: Tensor) -> Tensor:
     """Return ``Σ_tk slope_{ids} g²``, the linearised sum over the chosen gates."""
     assert seen.gates is not None
     assert seen.ids is not None
-    g_TK = widen(seen.gates.reshape(seen.size, -1))
+    g_TK = widen(rows(seen.gates))
     slope_TK = slopes_E.to(g_TK)[seen.ids.reshape(g_TK.shape).long()]
     return kept(slope_TK * kept(g_TK, seen.mask).square(), seen.mask).sum()
 
@@ -267,7 +267,7 @@ def load_balance(seen: LayerForward, p_TE: Tensor, scope: BalanceScope = "micro_
     if seen.ids is None:
         raise ValueError(f"layer {seen.layer}: the load-balance loss needs the chosen experts (or top_k)")
     experts, p_TE = seen.num_experts, kept(p_TE, seen.mask)
-    ids_TK = seen.ids.reshape(seen.size, -1).long()
+    ids_TK = rows(seen.ids).long()
     if scope == "micro_batch":
         counted_TK = torch.ones_like(ids_TK) if seen.mask is None else seen.mask.unsqueeze(-1).expand_as(ids_TK).long()
         counts_E = counted_TK.new_zeros(experts).index_add(0, ids_TK.reshape(-1), counted_TK.reshape(-1))

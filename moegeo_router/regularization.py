@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .config import GeometryConfig
 from .losses import Linearization, Regularizers, additive_loss, linearize
-from .observe.forward import LayerForward
+from .observe.forward import LayerForward, rows
 from .observe.statistics import LayerStatistics, RoutingStatistics
 from .routers.find import RouterSite
-from .routers.gating import topk_gating
+from .routers.gating import top_choices
 
 #: Weight of the past in the running mean of the experts' sensitivities.
 SENSITIVITY_DECAY = 0.9
@@ -156,12 +156,10 @@ class Regularization:
         return torch.stack([self._references[layer].value for layer in reduced.layers])
 
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
-        if self.weights.fhs and seen.gates is None and self._config.top_k is not None:
-            logits = seen.logits.reshape(seen.size, -1)
-            gating = topk_gating(
-                logits, self._config.top_k, scores=self._config.scores, renormalize=self._config.renormalize
-            )
-            seen = replace(seen, ids=gating.ids, gates=gating.weights)
+        config = self._config
+        if (self.weights.fhs or self.weights.balance) and seen.ids is None and config.top_k is not None:
+            ids, gates = top_choices(rows(seen.logits), config.top_k, config.scores, config.renormalize)
+            seen = replace(seen, ids=ids, gates=gates)
         reference = self._references.get(seen.layer)
         return additive_loss(seen, self.weights, reference, scores=self._config.scores, tokens=tokens)
 

@@ -95,8 +95,8 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
     return factory(text.vocab_size, router)
 
 
-def build_optimizers(config: DictConfig, model: nn.Module) -> list[Optimizer]:
-    """Return the optimizers of ``config.optimizer`` for ``model``."""
+def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
+    """Return the optimizer of ``config.optimizer`` for ``model``."""
     return build(config, "optimizer")(model)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,8 +22,8 @@ from trainers import checkpoint as checkpoints
 from trainers.checkpoint import Checkpoint
 from trainers.data.base import Batch, Data
 from trainers.evaluation import Evaluation, autocast, evaluate, target_losses
-from trainers.models.moe import ModelOutput, Routing
-from trainers.observation import routing_scalars, summarize, token_values
+from trainers.models.moe import ModelOutput
+from trainers.observation import token_values
 from trainers.optimizers import learning_rate_scale, set_learning_rates
 from trainers.progress import Progress
 
@@ -39,12 +39,10 @@ class LoopConfig:
         warmup: steps of linear warm-up of the learning rates.
         final_lr: factor on the learning rates at the end of the cosine.
         clip_norm: the gradient's norm is clipped to this.
-        fsi_weight: weight of the regularizer Σ_layers fsi², which holds the mean routing near uniform.
         precision: ``"fp32"``, ``"tf32"`` (fp32 with TF32 products on an accelerator) or ``"bf16"`` (autocast).
         eval_every: validate every so many steps; 0: only at the end.
         checkpoint_every: save every so many steps; 0: only at the start, the end and when stopped.
         keep_checkpoints: how many checkpoints stay.
-        per_layer: also log every layer's scalars.
 
     Raises:
         ValueError: a value out of range.
@@ -54,12 +52,10 @@ class LoopConfig:
     warmup: int = 50
     final_lr: float = 0.1
     clip_norm: float = 1.0
-    fsi_weight: float = 0.01
     precision: str = "fp32"
     eval_every: int = 0
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
-    per_layer: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("eval_every", 0), ("checkpoint_every", 0)):
@@ -67,10 +63,9 @@ class LoopConfig:
                 raise ValueError(f"loop.{name} must be at least {least}, got {getattr(self, name)}")
         if self.keep_checkpoints < 1:
             raise ValueError(f"loop.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
-        if not (self.clip_norm > 0 and self.fsi_weight >= 0 and 0 <= self.final_lr <= 1):
+        if not (self.clip_norm > 0 and 0 <= self.final_lr <= 1):
             raise ValueError(
-                "loop needs clip_norm > 0, fsi_weight >= 0 and 0 <= final_lr <= 1, "
-                f"got {self.clip_norm}, {self.fsi_weight} and {self.final_lr}"
+                f"loop needs clip_norm > 0 and 0 <= final_lr <= 1, got {self.clip_norm} and {self.final_lr}"
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"loop.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
@@ -90,8 +85,9 @@ class Trainer:
     Args:
         model: a model of ``trainers.models``, on ``device``.
         data: what it trains on; a batch is a pure function of the step.
-        optimizers: as ``trainers.optimizers`` builds them.
+        optimizer: as ``trainers.optimizers`` builds it.
         config: the loop.
+        geometry: what is watched and regularized, and who steps the routers.
         logger: where scalars and events go.
         directory: the run's folder; checkpoints go to ``directory/checkpoints``.
         device: where to train.
@@ -102,17 +98,19 @@ class Trainer:
         self,
         model: nn.Module,
         data: Data,
-        optimizers: Sequence[Optimizer],
+        optimizer: Optimizer,
         config: LoopConfig,
         *,
+        geometry: mg.GeometryConfig,
         logger: Logger,
         directory: Path,
         device: torch.device,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.data, self.optimizers, self.config = model, data, list(optimizers), config
+        self.model, self.data, self.optimizer, self.config = model, data, optimizer, config
         self.logger, self.directory, self.device, self.meta = logger, directory, device, dict(meta or {})
         self.step = 0
+        self.geometry = mg.attach(model, optimizer, replace(geometry, num_domains=len(data.domains)))
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
 
     def run(self, progress: Progress) -> Evaluation:
@@ -150,6 +148,7 @@ class Trainer:
                 raise self._saved_non_finite(str(error)) from None
             scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
             self.logger.log(scalars, self.step)
+            self.geometry.log_pictures(self.logger, self.step)
             progress.update(self.step, scalars)
             if self.step == self.config.steps:
                 return
@@ -174,12 +173,12 @@ class Trainer:
         scale = learning_rate_scale(
             self.step, steps=self.config.steps, warmup=self.config.warmup, final=self.config.final_lr
         )
-        set_learning_rates(self.optimizers, scale)
-        with autocast(self.config.precision, self.device):
-            output: ModelOutput = self.model(batch.inputs)
+        set_learning_rates(self.optimizer, scale)
         mask = batch.mask if padded else None
+        with autocast(self.config.precision, self.device), self.geometry.tokens(mask, domains=batch.domains):
+            output: ModelOutput = self.model(batch.inputs)
         loss = (target_losses(output, batch) * batch.mask).sum() / batch.mask.sum()
-        total = loss + self.config.fsi_weight * fsi_penalty(output.routing, mask)
+        total = loss if self.geometry.config.inject else loss + self.geometry.loss()
         total.backward()
         norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         scalars = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
@@ -188,18 +187,14 @@ class Trainer:
             self._zero_grad()
             raise NonFiniteError(f"{place} at step {self.step}; the step was not taken")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         self._zero_grad()
         self.step += 1
-        chosen = {
-            name: (_unmasked(r.probs.detach(), mask), _unmasked(r.ids, mask)) for name, r in output.routing.items()
-        }
-        layers = {name: routing_scalars(probs, ids) for name, (probs, ids) in chosen.items()}
         # Of an image, the model sees a token a patch.
-        tokens = len(next(iter(chosen.values()))[0])
-        scalars |= {"train/tokens": float(tokens), "train/lr_scale": scale}
-        return scalars | summarize(layers, self.config.per_layer)
+        tokens = len(next(iter(output.routing.values())).logits)
+        seen = tokens if mask is None else int(token_values(mask, tokens).sum())
+        scalars |= {"train/tokens": float(seen), "train/lr_scale": scale}
+        return scalars | self.geometry.metrics()
 
     def save(self) -> Path:
         """Save everything a resumed run needs; return the checkpoint's folder.
@@ -219,7 +214,11 @@ class Trainer:
         state = Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
-            training={"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "rng": rng},
+            training={
+                "optimizer": self.optimizer.state_dict(),
+                "geometry": self.geometry.state_dict(),
+                "rng": rng,
+            },
             meta=self.meta | {"data": self.data.fingerprint},
         )
         return checkpoints.save(self.directory / folder, state, keep=self.config.keep_checkpoints)
@@ -236,8 +235,8 @@ class Trainer:
             )
         try:
             self.model.load_state_dict(state.model)
-            for optimizer, saved in zip(self.optimizers, state.training["optimizers"], strict=True):
-                checkpoints.load_optimizer(optimizer, saved)
+            checkpoints.load_optimizer(self.optimizer, state.training["optimizer"])
+            self.geometry.load_state_dict(state.training["geometry"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -250,15 +249,14 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         evaluation = evaluate(self.model, self.data, self.device, self.config.precision)
-        self.logger.log(evaluation.scalars(self.config.per_layer), self.step)
+        self.logger.log(evaluation.scalars(self.geometry.config.per_layer), self.step)
         return evaluation
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _saved_non_finite(self, reason: str) -> NonFiniteError:
         """Save the state, log the event, and return the error to raise."""
@@ -267,14 +265,6 @@ class Trainer:
         saved = self._write("checkpoints" if healthy else "non_finite")
         self.logger.event("non_finite", {"reason": reason, "checkpoint": str(saved)}, self.step)
         return NonFiniteError(f"{reason}; saved {saved}")
-
-
-def fsi_penalty(routing: Mapping[str, Routing], mask: Tensor | None = None) -> Tensor | float:
-    """Return the regularizer ``Σ_layers fsi(p)²``, on the unmasked tokens.
-
-    The square, because the distance itself has a kink at balance.
-    """
-    return sum((mg.fsi(_unmasked(record.probs, mask)).square() for record in routing.values()), start=0.0)
 
 
 @contextmanager
@@ -296,10 +286,6 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _unmasked(values_T: Tensor, mask: Tensor | None) -> Tensor:
-    return values_T if mask is None else values_T[token_values(mask, len(values_T))]
 
 
 def _is_finite(value: float) -> bool:

@@ -55,26 +55,6 @@ def routing_scalars(p_TE: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
     }
 
 
-def summarize(layers: Mapping[str, Mapping[str, Tensor]], per_layer: bool = False) -> dict[str, float]:
-    """Return flat keys ``geometry/fsi`` …, each ``over_layers``.
-
-    Everything is read back at once.
-
-    Args:
-        layers: scalars by layer.
-        per_layer: also ``geometry/layer0/fsi`` …
-    """
-    names = list(next(iter(layers.values()), {}))
-    table = torch.stack([torch.stack([scalars[name] for name in names]) for scalars in layers.values()]).tolist()
-    flat = {}
-    for column, name in enumerate(names):
-        values = [row[column] for row in table]
-        flat[f"geometry/{name}"] = over_layers(name, values)
-        if per_layer:
-            flat |= {f"geometry/{layer}/{name}": value for layer, value in zip(layers, values, strict=True)}
-    return flat
-
-
 def over_layers(name: str, values: Sequence[float]) -> float:
     """Return one number for the layers: the mean, for dead experts the sum, for max_load the largest."""
     if name == "dead_experts":

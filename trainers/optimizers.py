@@ -1,14 +1,17 @@
-"""The optimizers of a run: AdamW for the model, a Riemannian step for the routers; and the learning-rate schedule."""
+"""The optimizer of a run, one AdamW (``attach`` takes the routers' step over from it); the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from moegeo_router.routers import manifold_of
+from moegeo_router.routers import find_routers, manifold_of
+
+Routers = Literal["riemannian"]
 
 
 def adamw(
@@ -17,78 +20,54 @@ def adamw(
     lr: float = 2e-3,
     betas: Sequence[float] = (0.9, 0.95),
     weight_decay: float = 0.1,
-) -> list[Optimizer]:
-    """Step every parameter by AdamW, routers included: what people do without geometry.
+    routers: Routers | None = None,
+    router_lr: float | None = None,
+) -> Optimizer:
+    """Return a fused AdamW over every parameter, the routers' weights in a group of their own.
 
     Args:
         model: the model.
         lr: peak learning rate.
         betas: of Adam.
         weight_decay: decoupled, on matrices only (no norms, biases, temperatures).
-
-    Returns:
-        One fused AdamW.
+        routers: how ``attach`` is going to step the routers, whose group is then not decayed; None: like every matrix,
+            what people do without geometry.
+        router_lr: peak learning rate of the routers; None: ``lr``. On polar and unit rows a row turns by ``√D`` times
+            this per step (radians) while its gradients agree.
 
     Raises:
-        ValueError: a negative learning rate or decay, or orthonormal routers, which would not stay orthonormal. (Polar
-            rows may be anywhere, and a cosine router normalises its rows itself.)
+        ValueError: a negative learning rate or decay; routers to be stepped along manifolds they are not on;
+            orthonormal routers left to AdamW, which would not stay orthonormal. (Polar rows may be anywhere, and a
+            cosine router normalises its rows itself.)
     """
+    _require_non_negative(lr=lr, weight_decay=weight_decay, router_lr=lr if router_lr is None else router_lr)
+    weights = _router_weights(model, routers)
+    rest = [p for p in model.parameters() if all(p is not w for w in weights)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": weights,
+            "weight_decay": weight_decay if routers is None else 0.0,
+            "lr": lr if router_lr is None else router_lr,
+        },
+    ]
+    return AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True)  # type: ignore[arg-type]
+
+
+def _router_weights(model: nn.Module, routers: Routers | None) -> list[nn.Parameter]:
     from moegeo_router.geometry import OrthonormalRows  # geoopt loads here, not at import
 
-    manifolds = [manifold_of(p) for p in model.parameters()]
-    if any(isinstance(m, OrthonormalRows) for m in manifolds):
-        raise ValueError("optimizer=adamw would take orthonormal rows off their manifold: take optimizer=riemannian")
-    return [_adamw(model.parameters(), lr, betas, weight_decay)]
-
-
-def riemannian(
-    model: nn.Module,
-    *,
-    lr: float = 2e-3,
-    betas: Sequence[float] = (0.9, 0.95),
-    weight_decay: float = 0.1,
-    router_lr: float = 2e-2,
-    router_betas: Sequence[float] = (0.9, 0.95),
-) -> list[Optimizer]:
-    """Step the routers' weights along their manifold by geoopt's RiemannianAdam, all the rest by AdamW.
-
-    Args:
-        model: the model; at least one of its parameters is on a router manifold.
-        lr: peak learning rate of AdamW.
-        betas: of AdamW.
-        weight_decay: of AdamW, on matrices only. Routers are not decayed: on a scale-free manifold it has no meaning.
-        router_lr: peak learning rate of the routers. On polar and unit rows it is the angle (radians) a row turns per
-            step while its gradients agree, hence larger than AdamW's, which is a change per coordinate.
-        router_betas: of RiemannianAdam.
-
-    Returns:
-        A fused AdamW and a RiemannianAdam.
-
-    Raises:
-        ValueError: no parameter is on a router manifold, or a negative learning rate or decay.
-    """
-    routers = [p for p in model.parameters() if manifold_of(p) is not None]
-    if not routers:
+    weights = list({id(site.weight): site.weight for site in find_routers(model)}.values())
+    manifolds = [manifold_of(weight) for weight in weights]
+    if routers is not None and None in manifolds:
         raise ValueError(
             "optimizer=riemannian needs routers on a manifold and this model has none: "
             "take router=polar, or optimizer=adamw for plain routers"
         )
-    _require_non_negative(router_lr=router_lr)
-    from geoopt.optim import RiemannianAdam
-
-    rest = [p for p in model.parameters() if manifold_of(p) is None]
-    # geoopt's weight decay is coupled to the gradient; it stays 0.
-    return [_adamw(rest, lr, betas, weight_decay), RiemannianAdam(routers, lr=router_lr, betas=tuple(router_betas))]
-
-
-def _adamw(parameters: Iterable[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
-    _require_non_negative(lr=lr, weight_decay=weight_decay)
-    all_parameters = list(parameters)
-    groups = [
-        {"params": [p for p in all_parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in all_parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True)  # type: ignore[arg-type]
+    if routers is None and any(isinstance(m, OrthonormalRows) for m in manifolds):
+        raise ValueError("optimizer=adamw would take orthonormal rows off their manifold: take optimizer=riemannian")
+    return weights
 
 
 def _require_non_negative(**options: float) -> None:
@@ -114,9 +93,8 @@ def learning_rate_scale(step: int, *, steps: int, warmup: int, final: float) -> 
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizers: Iterable[Optimizer], scale: float) -> None:
+def set_learning_rates(optimizer: Optimizer, scale: float) -> None:
     """Set every group's learning rate to ``scale`` times its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            # The peak is kept in the group, so it travels with the optimizer's state.
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+    for group in optimizer.param_groups:
+        # The peak is kept in the group, so it travels with the optimizer's state.
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale

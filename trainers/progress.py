@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 #: Smoothing of the tokens per second shown, per step.
 SMOOTHING = 0.1
@@ -60,11 +61,12 @@ class Lines(Silent):
         fields = _fields(scalars, self._speed)
         if time.monotonic() >= self._next or step == self._steps:
             self._next = time.monotonic() + self._seconds
-            print(f"step {step}/{self._steps}  {fields}", flush=True)
+            layers = "".join(f"  {line}" for line in layer_lines(scalars))
+            print(f"step {step}/{self._steps}  {fields}{layers}", flush=True)
 
 
 class Bar(Silent):
-    """A live bar with the loss, tokens a second, FSI and dead experts.
+    """A live bar with the loss, tokens a second and dead experts, and under it FSI and FHS of every layer.
 
     Args:
         steps: steps of the whole run.
@@ -75,7 +77,7 @@ class Bar(Silent):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        self._bar = RichProgress(
+        self._bar = _with_layers(RichProgress)(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -97,7 +99,8 @@ class Bar(Silent):
         self._bar.stop()
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Move the bar."""
+        """Move the bar, and show every layer."""
+        self._bar.layers = layer_lines(scalars)
         self._bar.update(self._task, completed=step, s=_fields(scalars, self._speed))
 
 
@@ -120,8 +123,33 @@ class _Speed:
         return 1 / self._seconds_per_token
 
 
+def layer_lines(scalars: Mapping[str, float]) -> list[str]:
+    """Return FSI and FHS: a line each with a number for each layer (of at most 12), or one line for the whole model."""
+    lines = []
+    for name, label in (("fsi", "FSI by layer"), ("fhs", "FHS by layer")):
+        values = [value for key, value in scalars.items() if re.fullmatch(rf"geometry/[^/]+/{name}", key)]
+        if values:
+            shown = " ".join(f"{value:.3f}" for value in values[:12])
+            lines.append(f"{label} {shown}{' …' if len(values) > 12 else ''}")
+    whole = f"FSI {scalars.get('geometry/fsi', 0.0):.3f}  FHS {scalars.get('geometry/fhs', 0.0):.2f}"
+    return lines or [whole]
+
+
+def _with_layers(progress: type[Any]) -> type[Any]:
+    """Return rich's bar with the layers' lines under it."""
+
+    class WithLayers(progress):
+        layers: Sequence[str] = ()
+
+        def get_renderables(self) -> Iterator[Any]:
+            yield from super().get_renderables()
+            yield from self.layers
+
+    return WithLayers
+
+
 def _fields(scalars: Mapping[str, float], speed: _Speed) -> str:
     return (
         f"loss {scalars['train/loss']:.3f}  {speed(scalars['train/tokens_per_second']):,.0f} tokens/s  "
-        f"FSI {scalars.get('geometry/fsi', 0.0):.3f}  dead {scalars.get('geometry/dead_experts', 0.0):.0f}"
+        f"dead {scalars.get('geometry/dead_fraction', 0.0):.0%}"
     )

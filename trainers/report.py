@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from trainers.data.base import Baseline
 from trainers.evaluation import Evaluation
 
@@ -18,7 +21,12 @@ COLUMNS = (
 
 
 def print_report(
-    evaluation: Evaluation, baseline: Baseline | None, *, tokens_per_second: float | None, how_to_open: list[str]
+    evaluation: Evaluation,
+    baseline: Baseline | None,
+    *,
+    tokens_per_second: float | None,
+    how_to_open: list[str],
+    heterogeneity: Mapping[str, float] | None = None,
 ) -> None:
     """Print the final table and where the logs are.
 
@@ -27,6 +35,7 @@ def print_report(
         baseline: the trivial model's loss there.
         tokens_per_second: median training throughput; None if nothing was trained.
         how_to_open: lines that say where the logs are and how to open them.
+        heterogeneity: FHS of each layer in the last training steps (a validation has no gradients).
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -37,15 +46,18 @@ def print_report(
     table.add_column("layer", no_wrap=True)
     for header, _ in COLUMNS:
         table.add_column(header, justify="right", no_wrap=True)
+    if heterogeneity:
+        table.add_column("FHS", justify="right", no_wrap=True)
     for layer, scalars in evaluation.layers.items():
-        table.add_row(layer, *(_cell(key, scalars[key]) for _, key in COLUMNS))
+        last = [f"{heterogeneity.get(layer, math.nan):.2f}"] if heterogeneity else []
+        table.add_row(layer, *(_cell(key, scalars[key]) for _, key in COLUMNS), *last)
     console.print(table)
     for line in _lines(evaluation, baseline, tokens_per_second):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         "FSI, dispersion and information are shares of their maximum; fsi_domain is in radians, its null the\n"
         "95% quantile of 200 shuffles of the domain labels by document; max load 1 is balanced; dead: experts\n"
-        "under a tenth of 1/E",
+        "under a tenth of 1/E" + ("; FHS: mean of the last training steps" if heterogeneity else ""),
         style="dim",
         soft_wrap=True,
         highlight=False,

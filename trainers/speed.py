@@ -24,7 +24,7 @@ from trainers.loop import LoopConfig, Trainer
 from trainers.models.experts import SwiGLUExperts
 from trainers.models.language import LanguageModel
 from trainers.models.transformer import SwiGLU
-from trainers.optimizers import riemannian
+from trainers.optimizers import adamw
 from trainers.plain import PlainLanguageModel, plain_step
 
 TOKENS, DIM, HIDDEN, TOP_K = 4096, 128, 256, 2
@@ -191,8 +191,9 @@ def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
     trainer = Trainer(
         model.to(device),
         data,
-        riemannian(model),
+        adamw(model, routers="riemannian"),
         LoopConfig(),
+        geometry=mg.GeometryConfig(),
         logger=NullLogger(),
         directory=Path(),
         device=device,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import hydra
@@ -65,7 +67,8 @@ def train(config: DictConfig) -> None:
     print(data.describe())
     baseline = data.baseline()  # before anything is written: it wants a train split, as the run does
     model = build.build_model(config, data).to(device)
-    optimizers = build.build_optimizers(config, model)
+    optimizer = build.build_optimizer(config, model)
+    geometry = build.build(config, "geometry")
     saved = _saved_run(directory / "checkpoints", config.resume)
     if saved is not None:
         _check_same_run(build.plain(config), saved.meta["config"])
@@ -81,7 +84,17 @@ def train(config: DictConfig) -> None:
     exit_code = 1
     try:
         meta = {"config": build.plain(config), "wandb_run_id": run_id, "versions": _versions()}
-        trainer = Trainer(model, data, optimizers, loop, logger=logger, directory=directory, device=device, meta=meta)
+        trainer = Trainer(
+            model,
+            data,
+            optimizer,
+            loop,
+            geometry=geometry,
+            logger=logger,
+            directory=directory,
+            device=device,
+            meta=meta,
+        )
         if saved is not None:
             trainer.restore(saved)
             print(f"continuing {config.name} after step {saved.step}")
@@ -91,11 +104,13 @@ def train(config: DictConfig) -> None:
         exit_code = 0
     finally:
         logger.close(exit_code)
+    rows = read_jsonl(directory / "metrics.jsonl")
     print_report(
         evaluation,
         baseline,
-        tokens_per_second=_median_speed(directory / "metrics.jsonl"),
+        tokens_per_second=_median_speed(rows),
         how_to_open=how_to_open,
+        heterogeneity=_last_heterogeneity(rows),
     )
 
 
@@ -144,8 +159,18 @@ def _versions() -> dict[str, str]:
     return versions | {"moegeo_router": mg.__version__}
 
 
-def _median_speed(path: Path) -> float | None:
-    speeds = [row["train/tokens_per_second"] for row in read_jsonl(path) if "train/tokens_per_second" in row]
+def _last_heterogeneity(rows: list[dict[str, Any]], steps: int = 20) -> dict[str, float]:
+    """Return the mean FHS of each layer over the last training steps, where the log has it."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in [row for row in rows if "train/loss" in row][-steps:]:
+        for key, value in row.items():
+            if match := re.fullmatch(r"geometry/([^/]+)/fhs", key):
+                found[match[1]].append(value)
+    return {layer: fmean(values) for layer, values in found.items()}
+
+
+def _median_speed(rows: list[dict[str, Any]]) -> float | None:
+    speeds = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
     return None if not speeds else sorted(speeds)[len(speeds) // 2]
 
 

@@ -128,6 +128,11 @@ def flat_tokens(values: Tensor | None, tokens: int, name: str) -> Tensor | None:
     return flat if len(flat) == tokens else flat.repeat_interleave(tokens // len(flat))
 
 
+def rows(values: Tensor) -> Tensor:
+    """Return values (..., n) as (T, n)."""
+    return values.reshape(-1, values.shape[-1])
+
+
 def kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return values (T,) or (T, n) with 0 for masked tokens, whatever they hold (NaN included)."""
     if mask is None:

@@ -145,6 +145,6 @@ def _truth(mask: Any) -> Tensor | None:
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim >= 2:
+        if isinstance(value, Tensor) and value.ndim in (2, 3):  # ids (B, L) or embeddings (B, L, D), no images
             return value.shape[0], value.shape[1]
     return None

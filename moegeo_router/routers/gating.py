@@ -92,9 +92,21 @@ def topk_gating(
     if num_groups is not None and top_groups is not None:
         ranking_TE = _keep_top_groups(ranking_TE, num_groups, top_groups, group_top)
     ids_TK = ranking_TE.detach().topk(k, dim=-1).indices
+    return Gating(_weights(log_scores_TE, ids_TK, renormalize), ids_TK, log_scores_TE.softmax(dim=-1))
+
+
+def top_choices(
+    logits_TE: Tensor, k: int, scores: ScoreFunction = "softmax", renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return what plain ``topk_gating`` chooses, ids (..., K) and weights (..., K): to watch a gating, not to do it."""
+    log_scores_TE = _log_scores(logits_TE, scores)
+    ids_TK = log_scores_TE.detach().topk(k, dim=-1).indices
+    return ids_TK, _weights(log_scores_TE, ids_TK, renormalize)
+
+
+def _weights(log_scores_TE: Tensor, ids_TK: Tensor, renormalize: bool) -> Tensor:
     chosen_TK = log_scores_TE.gather(-1, ids_TK)
-    weights_TK = chosen_TK.softmax(dim=-1) if renormalize else chosen_TK.exp()
-    return Gating(weights_TK, ids_TK, log_scores_TE.softmax(dim=-1))
+    return chosen_TK.softmax(dim=-1) if renormalize else chosen_TK.exp()
 
 
 def _log_scores(logits_TE: Tensor, scores: ScoreFunction) -> Tensor:

@@ -1,6 +1,7 @@
 """Every file in configs/ composes, names a real constructor and exactly its keywords, and builds."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import moegeo_router as mg
 from moegeo_router.loggers import JSONLLogger, TensorBoardLogger, read_jsonl
 from tests.support.runs import CONFIGS, configuration
 from trainers import build
@@ -50,7 +52,7 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("data", "experiment", "logger", "model", "optimizer", "router")
+        *("data", "experiment", "geometry", "logger", "model", "optimizer", "router")
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
@@ -70,6 +72,29 @@ def test_the_loop_has_every_key_and_the_defaults_of_its_class():
     loop = configuration().loop
     assert set(loop) - {"_target_"} == set(LoopConfig.__dataclass_fields__)
     assert build.build(configuration(), "loop") == LoopConfig()
+
+
+def test_geometry_has_every_key_and_the_defaults_of_its_classes():
+    geometry = configuration().geometry
+    # What the model shows is not asked again, and what belongs to other loops than ours has no key.
+    left_out = {
+        "select",
+        "hooks",
+        "top_k",
+        "renormalize",
+        "loss",
+        "gates",
+        "num_domains",
+        "accumulation",
+        "grad_scaler",
+    }
+    assert set(geometry) - {"_target_"} == set(mg.GeometryConfig.__dataclass_fields__) - left_out - {"group"}
+    assert set(geometry.regularizers) - {"_target_"} == set(mg.Regularizers.__dataclass_fields__)
+    built = build.build(configuration(), "geometry")
+    assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig()
+    assert built.regularizers == mg.Regularizers()
+    nothing = build.build(configuration("geometry=none", "optimizer=adamw", "model.scores=sigmoid"), "geometry")
+    assert (nothing.regularizers.active, nothing.fisher, nothing.step, nothing.scores) == ((), None, None, "sigmoid")
 
 
 def test_free_keys_are_keys():
@@ -98,9 +123,9 @@ def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimize
     }
     if (router, optimizer) in refused:
         with pytest.raises(ValueError, match=refused[router, optimizer]):
-            build.build_optimizers(config, model)
+            build.build_optimizer(config, model)
         return
-    held = [p for o in build.build_optimizers(config, model) for group in o.param_groups for p in group["params"]]
+    held = [p for group in build.build_optimizer(config, model).param_groups for p in group["params"]]
     assert len(held) == len(list(model.parameters()))
     assert model(torch.zeros(1, 8, dtype=torch.long)).logits.isfinite().all()
     kind = type(model.trunk.blocks[0].ffn.router)
@@ -182,7 +207,7 @@ def test_every_experiment_composes_and_builds(experiment):
     loop = build.build(config, "loop")
     assert loop.warmup < loop.steps
     model = build.build_model(config, build.build(config, "data"))
-    assert build.build_optimizers(config, model)
+    assert build.build_optimizer(config, model)
 
 
 def test_the_demo_has_a_name_so_that_it_can_be_continued():

@@ -16,10 +16,9 @@ from moegeo_router.loggers import JSONLLogger, NullLogger, read_jsonl
 from trainers import checkpoint
 from trainers.data.base import Batch
 from trainers.data.planted import PlantedImages, PlantedText
-from trainers.loop import Interrupted, LoopConfig, NonFiniteError, Trainer, fsi_penalty, stop_requests
+from trainers.loop import Interrupted, LoopConfig, NonFiniteError, Trainer, stop_requests
 from trainers.models import LanguageModel, VisionModel
-from trainers.models.moe import Routing
-from trainers.optimizers import riemannian
+from trainers.optimizers import adamw
 from trainers.progress import Silent
 
 CPU = torch.device("cpu")
@@ -38,7 +37,9 @@ def _text() -> PlantedText:
     return PlantedText(alphabet=7, documents=40, document_length=17, length=16, batch_size=4)
 
 
-def _trainer(folder: Path, task: str = "language", sgd: bool = False, logger=None, **loop: object) -> Trainer:
+def _trainer(
+    folder: Path, task: str = "language", sgd: bool = False, logger=None, fsi: float = 0.01, **loop: object
+) -> Trainer:
     torch.manual_seed(1)
     if task == "language":
         data = _text()
@@ -47,9 +48,13 @@ def _trainer(folder: Path, task: str = "language", sgd: bool = False, logger=Non
         data = PlantedImages(images=96, size=4, batch_size=8)
         model = VisionModel(data.num_classes, data.image_shape, ROUTER, **SIZES, patch=2)
     # Steps of plain gradient descent at rate 1: the weights move by minus the gradient.
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0)] if sgd else riemannian(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0) if sgd else adamw(model, routers="riemannian")
     config = LoopConfig(**{"steps": 8, "warmup": 0, "checkpoint_every": 0} | loop)
-    return Trainer(model, data, optimizers, config, logger=logger or NullLogger(), directory=folder, device=CPU)
+    geometry = mg.GeometryConfig(
+        step=None if sgd else "riemannian", regularizers=mg.Regularizers(fsi=fsi), per_layer=True, on_error="raise"
+    )
+    logger = logger or NullLogger()
+    return Trainer(model, data, optimizer, config, geometry=geometry, logger=logger, directory=folder, device=CPU)
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -71,17 +76,6 @@ def _penalty_by_hand(probs: list[Tensor]) -> Tensor:
     return sum((2 * torch.arccos((p.double().mean(0) / p.shape[-1]).sqrt().sum())) ** 2 for p in probs)
 
 
-def test_penalty_in_closed_form():
-    p = {"layer0": torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]), "layer1": torch.eye(4)[[2]]}
-    routing = {
-        name: Routing(logits=q, probs=q, ids=q.topk(1).indices, weights=q.topk(1).values) for name, q in p.items()
-    }
-    first, second = 2 * math.acos(math.sqrt(0.5)), 2 * math.acos(0.5)
-    assert float(fsi_penalty(routing)) == pytest.approx(first**2 + second**2, rel=1e-5)
-    only_first = fsi_penalty({"layer0": routing["layer0"]}, torch.tensor([True, False]))
-    assert float(only_first) == pytest.approx(second**2, rel=1e-5)
-
-
 def test_all_padding_is_an_error_and_changes_nothing(tmp_path):
     trainer = _trainer(tmp_path)
     before = _weights(trainer)
@@ -93,10 +87,14 @@ def test_all_padding_is_an_error_and_changes_nothing(tmp_path):
 
 
 def test_partly_padded_text_counts_as_its_unpadded_tokens_alone(tmp_path):
-    trainer = _trainer(tmp_path, sgd=True, clip_norm=1e9, fsi_weight=0.5)
+    trainer = _trainer(tmp_path, sgd=True, clip_norm=1e9, fsi=0.5)
     before, lengths = _weights(trainer), (16, 5, 1, 9)
     batch = trainer.data.train_batch(0)
     mask = torch.arange(16) < torch.tensor(lengths)[:, None]
+    (group,) = trainer.optimizer.param_groups
+    group["initial_lr"] = 0.0  # at the second step the reference is then where the penalty's gradient is taken
+    trainer.train_step(_padded(batch, mask))
+    group["initial_lr"] = 1.0
 
     outputs = [trainer.model(batch.inputs[i : i + 1, :n]) for i, n in enumerate(lengths)]
     losses = [
@@ -114,13 +112,14 @@ def test_partly_padded_text_counts_as_its_unpadded_tokens_alone(tmp_path):
     fsi = [2 * math.acos(overlap) / (2 * math.acos(0.5)) for overlap in overlaps]
     assert scalars["geometry/fsi"] == pytest.approx(sum(fsi) / 2, abs=1e-5)
     loads = [torch.bincount(p.topk(2).indices.flatten(), minlength=4) * 4 / (2 * sum(lengths)) for p in probs]
-    assert scalars["geometry/max_load"] == pytest.approx(float(torch.stack(loads).max()))
+    assert scalars["geometry/max_violation"] == pytest.approx(float(torch.stack(loads).max()) - 1)
+    assert scalars["geometry/regularizer"] == pytest.approx(0.5 * float(_penalty_by_hand(probs).detach()), rel=1e-4)
     for (name, parameter), gradient in zip(trainer.model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(before[name] - parameter, gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_partly_padded_images_count_as_the_others_alone(tmp_path):
-    trainer = _trainer(tmp_path, "vision", sgd=True, clip_norm=1e9, fsi_weight=0.0)
+    trainer = _trainer(tmp_path, "vision", sgd=True, clip_norm=1e9, fsi=0.0)
     before, batch = _weights(trainer), trainer.data.train_batch(0)
     mask = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1]).bool()
     output = trainer.model(batch.inputs[mask])
@@ -137,7 +136,7 @@ def test_partly_padded_images_count_as_the_others_alone(tmp_path):
 def test_what_stands_in_masked_positions_has_no_influence(tmp_path, task):
     scalars, weights = [], []
     for junk in (0, 3):
-        trainer = _trainer(tmp_path, task, per_layer=True)
+        trainer = _trainer(tmp_path, task)
         batch = trainer.data.train_batch(0)
         mask = torch.arange(8) < 6 if task == "vision" else (torch.arange(16) < 11).expand(4, 16)
         scalars.append(trainer.train_step(_padded(batch, mask, junk)))
@@ -312,7 +311,7 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path):
     other_model, other_data, fewer = _trainer(tmp_path, "vision"), _trainer(tmp_path), _trainer(tmp_path)
     other_model.data.fingerprint = saved.meta["data"]
     other_data.data.fingerprint = "another"
-    fewer.optimizers.pop()
+    fewer.optimizer.param_groups.pop()
     for other, message in (
         (other_model, "is of another model or optimizer: "),
         (fewer, "is of another model or optimizer: "),
@@ -334,7 +333,6 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path):
         ("keep_checkpoints", 0, "loop.keep_checkpoints must be at least 1, got 0"),
         ("clip_norm", 0.0, "clip_norm > 0"),
         ("clip_norm", math.nan, "clip_norm > 0"),
-        ("fsi_weight", -0.1, "fsi_weight >= 0"),
         ("final_lr", 1.5, "final_lr <= 1"),
         ("precision", "fp64", "loop.precision must be one of fp32, tf32, bf16, got 'fp64'"),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainers.data.base import Batch
 from trainers.models import VisionModel
 from trainers.models.moe import Routing
-from trainers.observation import RoutingRecord, over_layers, routing_scalars, summarize, token_values
+from trainers.observation import RoutingRecord, over_layers, routing_scalars, token_values
 
 EYE = torch.eye(4)
 
@@ -96,21 +96,9 @@ def test_a_token_has_the_value_of_its_image():
 
 
 def test_layers_are_averaged_the_dead_added_and_the_largest_load_kept():
-    layers = {
-        "layer0": {"fsi": torch.tensor(0.25), "dead_experts": torch.tensor(2.0), "max_load": torch.tensor(1.5)},
-        "layer3": {"fsi": torch.tensor(0.75), "dead_experts": torch.tensor(1.0), "max_load": torch.tensor(1.25)},
-    }
-    flat = {"geometry/fsi": 0.5, "geometry/dead_experts": 3.0, "geometry/max_load": 1.5}
-    assert summarize(layers) == flat
-    assert summarize(layers, per_layer=True) == flat | {
-        "geometry/layer0/fsi": 0.25,
-        "geometry/layer3/fsi": 0.75,
-        "geometry/layer0/dead_experts": 2.0,
-        "geometry/layer3/dead_experts": 1.0,
-        "geometry/layer0/max_load": 1.5,
-        "geometry/layer3/max_load": 1.25,
-    }
     assert over_layers("dispersion", [1.0, 2.0, 6.0]) == 3.0
+    assert over_layers("dead_experts", [2.0, 1.0]) == 3.0
+    assert over_layers("max_load", [1.5, 1.25]) == 1.5
 
 
 def _batch(mask: Tensor, domains: Tensor, documents: Tensor) -> Batch:

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from trainers import progress
-from trainers.progress import Bar, Lines, Silent, for_terminal
+from trainers.progress import Bar, Lines, Silent, for_terminal, layer_lines
 
 SCALARS = {
     "train/loss": 1.23456,
     "train/tokens_per_second": 1000.0,
     "geometry/fsi": 0.0625,
-    "geometry/dead_experts": 3.0,
+    "geometry/fhs": 1.25,
+    "geometry/dead_fraction": 0.375,
 }
+LAYERS = {f"geometry/layer{i}/{name}": i / 8 + x for name, x in (("fsi", 0.0), ("fhs", 1.0)) for i in range(4)}
 
 
 @pytest.fixture
@@ -31,7 +33,21 @@ def clock(monkeypatch):
 def test_a_line_has_the_loss_the_speed_fsi_and_the_dead(capsys):
     with Lines(20) as lines:
         lines.update(1, SCALARS)
-    assert capsys.readouterr().out == "step 1/20  loss 1.235  1,000 tokens/s  FSI 0.062  dead 3\n"
+    assert capsys.readouterr().out == "step 1/20  loss 1.235  1,000 tokens/s  dead 38%  FSI 0.062  FHS 1.25\n"
+
+
+def test_layers_have_lines_of_their_own(capsys):
+    assert layer_lines(SCALARS) == ["FSI 0.062  FHS 1.25"]
+    assert layer_lines(SCALARS | LAYERS) == [
+        "FSI by layer 0.000 0.125 0.250 0.375",
+        "FHS by layer 1.000 1.125 1.250 1.375",
+    ]
+    many = {f"geometry/layer{i}/fhs": 1.0 for i in range(40)}
+    assert layer_lines(many) == ["FHS by layer " + "1.000 " * 12 + "…"]
+    Lines(20).update(1, SCALARS | LAYERS)
+    assert capsys.readouterr().out.endswith(
+        "dead 38%  FSI by layer 0.000 0.125 0.250 0.375  FHS by layer 1.000 1.125 1.250 1.375\n"
+    )
 
 
 def test_lines_come_every_so_many_seconds_and_at_the_end(clock, capsys):
@@ -91,7 +107,7 @@ def test_a_terminal_gets_a_bar_with_all_of_it_in_80_columns():
     main, side = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(scalars=SCALARS)],
+        [sys.executable, "-c", PROGRAM.format(scalars=SCALARS | LAYERS)],
         cwd=Path(progress.__file__).parents[1],
         env=environment | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
         stdout=side,
@@ -107,6 +123,7 @@ def test_a_terminal_gets_a_bar_with_all_of_it_in_80_columns():
     os.close(main)
     assert process.communicate()[1] == b""
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    last = text.replace("\r", "\n").strip().splitlines()[-1]
-    for part in ("training", "12/40", "loss 1.235", "1,000 tokens/s", "FSI 0.062", "dead 3"):
-        assert part in last, (part, last)
+    bar, *layers = text.replace("\r", "\n").strip().splitlines()[-3:]
+    for part in ("training", "12/40", "loss 1.235", "1,000 tokens/s", "dead 38%"):
+        assert part in bar, (part, bar)
+    assert [line.rstrip() for line in layers] == layer_lines(LAYERS)

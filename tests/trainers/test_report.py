@@ -31,8 +31,9 @@ def width(request, monkeypatch):
     monkeypatch.setenv("COLUMNS", request.param)
 
 
-def _printed(capsys, baseline: Baseline | None, speed: float | None = 12345.6) -> list[str]:
-    print_report(EVALUATION, baseline, tokens_per_second=speed, how_to_open=["runs/x/metrics.jsonl: " + "long " * 30])
+def _printed(capsys, baseline: Baseline | None, speed: float | None = 12345.6, **options: object) -> list[str]:
+    how_to_open = ["runs/x/metrics.jsonl: " + "long " * 30]
+    print_report(EVALUATION, baseline, tokens_per_second=speed, how_to_open=how_to_open, **options)
     return capsys.readouterr().out.splitlines()
 
 
@@ -46,6 +47,14 @@ def test_every_number_is_in_its_column_and_nothing_is_cut(width, capsys):
         assert row[:end].endswith(f" {number}"), title
     assert any(line.strip().startswith("layer11") for line in lines)
     assert not any("…" in line for line in lines)
+
+
+def test_heterogeneity_has_a_column_where_it_is_known(width, capsys):
+    assert not any("FHS" in line for line in _printed(capsys, None))
+    lines = _printed(capsys, None, heterogeneity={"layer0": 1.375, "layer11": 0.5})
+    assert [line.split()[-1] for line in lines if line.strip().startswith("layer")] == ["FHS", "1.38", "0.50"]
+    assert not any("…" in line for line in lines)
+    assert any("FHS: mean of the last training steps" in line for line in lines)
 
 
 def test_loss_domains_speed_and_log_are_whole_lines(width, capsys):

@@ -56,7 +56,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 VARIANTS = {
-    "polar": ("language", "loop.eval_every=3", "loop.per_layer=true"),
+    "polar": ("language", "loop.eval_every=3", "geometry.per_layer=true"),
     "sphere": ("language", "router=sphere"),
     "orthonormal": ("language", "router=orthonormal"),
     "euclidean": ("language", "router=euclidean"),
@@ -172,7 +172,7 @@ def test_other_settings_in_a_run_folder_are_named_and_nothing_is_touched(finishe
 
 def test_a_setting_that_came_later_does_not_lock_an_older_run(finished):
     saved = checkpoint.latest(finished / "checkpoints")[0]
-    del saved.meta["config"]["loop"]["fsi_weight"]
+    del saved.meta["config"]["geometry"]["regularizers"]["fhs"]
     checkpoint.save(finished / "checkpoints", saved)
     train(configuration(*tiny_overrides(finished)))
 
@@ -241,6 +241,8 @@ BAD = {
     "optimizer.lr=fast": "optimizer.lr must be float, got 'fast'",
     "router=linear": "optimizer=riemannian needs routers on a manifold and this model has none: take router=polar",
     "router.manifold=torus": "torus",
+    "geometry.regularizers.fsi=-1": "regularizers.fsi must be a weight of at least 0, got -1",
+    "geometry.fisher=exact": "fisher must be 'parameters', 'outputs', 'minibatch' or None, got 'exact'",
     "loop.precision=fp64": "loop.precision must be one of fp32, tf32, bf16, got 'fp64'",
     "loop.steps=1.5": "loop.steps must be int, got 1.5",
     "loop.steps=0": "loop.steps must be at least 1, got 0",
@@ -346,5 +348,5 @@ def test_wandb_holds_what_jsonl_holds_and_a_continuation_is_the_same_run(tmp_pat
     assert first.config["model"]["dim"] == 16
     written = [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert [*first.history, *second.history] == written
-    assert {"train/loss", "train/tokens_per_second", "geometry/fsi", "geometry/dead_experts"} <= written[0].keys()
+    assert {"train/loss", "train/tokens_per_second", "geometry/fsi", "geometry/fhs"} <= written[0].keys()
     assert {"valid/loss", "valid/geometry/fsi_domain", "valid/geometry/fsi_domain_null"} <= written[-1].keys()
