@@ -94,7 +94,7 @@ def test_partly_padded_text_counts_as_its_unpadded_tokens_alone(tmp_path):
     (group,) = trainer.optimizer.param_groups
     group["initial_lr"] = 0.0  # at the second step the reference is then where the penalty's gradient is taken
     trainer.train_step(_padded(batch, mask))
-    group["initial_lr"] = 1.0
+    group["initial_lr"], trainer.step = 1.0, 0
 
     outputs = [trainer.model(batch.inputs[i : i + 1, :n]) for i, n in enumerate(lengths)]
     losses = [
