@@ -3,7 +3,6 @@
 python examples/replace_linear_router.py     (needs torch, geoopt, einops; seconds on a CPU)
 """
 
-import geoopt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ class MoE(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.experts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output and the routing probabilities p (tokens, experts)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return each token's two experts, weighed by the gate."""
         gating = mg.topk_gating(self.gate(x), k=2)
         out = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, choice = torch.where(gating.ids == e)
             out = out.index_add(0, token, expert(x[token]) * gating.weights[token, choice, None])
-        return out, gating.probs
+        return out
 
 
 def clusters(tokens: int, dim: int = 16) -> tuple[Tensor, Tensor]:
@@ -49,20 +48,19 @@ def main() -> None:
     assert torch.equal(model.gate(x), before), "the function is the same, bit for bit"
     print("router weight:", type(model.gate.weight).__name__, "on", model.gate.weight.manifold.name)
 
-    routers = [site.weight for site in mg.find_routers(model)]
-    others = [p for p in model.parameters() if not any(p is r for r in routers)]
-    optimizers = [torch.optim.AdamW(others, lr=1e-2), geoopt.optim.RiemannianAdam(routers, lr=3e-2)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    geometry = mg.attach(model, optimizer, mg.GeometryConfig(top_k=2))  # takes over the gate's step, and watches
     for step in range(301):
         x, target = clusters(256)
-        prediction, p = model(x)
-        loss = F.mse_loss(prediction, target) + 0.1 * mg.fsi(p).square()  # fsi²: keep all experts in use
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = F.mse_loss(model(x), target)
+        (loss + geometry.loss()).backward()  # by default 0.01 · fsi²: keep all experts in use
+        optimizer.step()
+        optimizer.zero_grad()
         if step % 100 == 0:
-            scores = f"FSI {mg.fsi(p, normalized=True):.3f}  dispersion {mg.dispersion(p):.3f}"
+            seen = geometry.metrics()
+            scores = "  ".join(f"{name} {seen[f'geometry/{name}']:.3f}" for name in ("fsi", "dispersion_1", "fhs"))
             print(f"step {step:3d}  loss {loss:.4f}  {scores}")
+    geometry.detach()  # the step is AdamW's again
 
     trained = model.gate(x)
     mg.export(model)  # as if we had never been there

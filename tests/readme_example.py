@@ -14,19 +14,20 @@ from pathlib import Path
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def example(readme: str) -> tuple[str, str]:
-    """Return the first Python block and the text block after it: the example and its output."""
-    found = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", readme, flags=re.DOTALL)
-    if found is None:
+def example(readme: str) -> tuple[list[str], str]:
+    """Return the first Python blocks up to a text block, and that: the example in parts and its output."""
+    before, fence, after = readme.partition("```text\n")
+    blocks = re.findall(r"```python\n(.*?)```", before, flags=re.DOTALL)
+    if not fence or not blocks:
         raise ValueError("README has no ```python block followed by a ```text block")
-    return found[1], found[2]
+    return blocks, after.partition("```")[0]
 
 
-def run(code: str) -> str:
-    """Run the example in a fresh namespace; return what it printed."""
+def run(code: str, **names: object) -> str:
+    """Run code in a fresh namespace, in which these names are known; return what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__", **names})
     return printed.getvalue()
 
 
@@ -42,7 +43,7 @@ def differences(expected: str, printed: str, tolerance: float = 0.02) -> list[st
 
 
 if __name__ == "__main__":
-    code, expected = example(Path(sys.argv[1]).read_text())
-    wrong = differences(expected, run(code))
+    blocks, expected = example(Path(sys.argv[1]).read_text())
+    wrong = differences(expected, run("\n".join(blocks)))
     print("\n".join(wrong) or "README's example prints what README says")
     sys.exit(bool(wrong))

@@ -16,7 +16,7 @@ from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig, Trainer
 from trainers.models.experts import SwiGLUExperts
 from trainers.models.language import LanguageModel
-from trainers.optimizers import riemannian
+from trainers.optimizers import adamw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +85,11 @@ def test_a_run_on_the_device_resumes_where_it_stopped(precision, tmp_path):
         model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), dim=64, length=64)
         config = LoopConfig(steps=8, warmup=2, precision=precision)
         model.to(CUDA)
-        return Trainer(model, data, riemannian(model), config, logger=NullLogger(), directory=directory, device=CUDA)
+        optimizer = adamw(model, routers="riemannian")
+        geometry, logger = mg.GeometryConfig(on_error="raise"), NullLogger()
+        return Trainer(
+            model, data, optimizer, config, geometry=geometry, logger=logger, directory=directory, device=CUDA
+        )
 
     first = trainer(tmp_path)
     losses = [first.train_step(data.train_batch(step))["train/loss"] for step in range(4)]

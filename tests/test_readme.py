@@ -1,17 +1,69 @@
 """README is true: its example prints what it says, and is as short as it claims."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moegeo_router as mg
 from tests.readme_example import differences, example, run
+from trainers.data.base import Batch
+from trainers.data.planted import PlantedText
+from trainers.models.language import LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_example_prints_what_readme_shows():
-    code, expected = example(README.read_text())
-    assert differences(expected, run(code)) == []
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    blocks, expected = example(README.read_text())
+    assert differences(expected, run("\n".join(blocks))) == []
+    assert len([line for line in blocks[-1].splitlines() if line.strip()]) <= 15
+
+
+def demo_model() -> tuple[nn.Module, list[Batch], Callable[[nn.Module, Batch], Tensor]]:
+    data = PlantedText(alphabet=16, documents=200, batch_size=4, length=32)
+    model = LanguageModel(data.vocab_size, partial(nn.Linear, bias=False), dim=32, layers=2, length=32)
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch.inputs).logits.flatten(0, 1), batch.targets.flatten())
+
+    return model, [data.train_batch(step) for step in range(101)], loss_of
+
+
+def mixtral() -> tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor], Tensor]]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    model = MixtralForCausalLM(config)
+    # Each token is the one before plus 1 or 2: something to learn.
+    batches = (torch.randint(64, (101, 4, 1)) + torch.randint(1, 3, (101, 4, 16)).cumsum(-1)) % 64
+    return model, batches, lambda model, batch: model(input_ids=batch, labels=batch).loss
+
+
+@pytest.mark.parametrize("build", [demo_model, mixtral])
+def test_the_same_lines_run_on_other_models(build):
+    *_, lines = example(README.read_text())[0]
+    torch.manual_seed(0)
+    model, batches, loss_of = build()
+    names = list(model.state_dict())
+    routers = {site.name: site.weight.detach().clone() for site in mg.find_routers(model)}
+    before = float(loss_of(model, batches[0]).detach())
+    printed = run(lines, torch=torch, model=model, batches=batches, loss_of=loss_of)
+    assert re.findall(r"step (\d+): FSI 0\.\d+, FHS \d\.\d+", printed) == ["0", "50", "100"]
+    assert float(loss_of(model, batches[0]).detach()) < before - 0.5
+    assert list(model.state_dict()) == names
+    for site in mg.find_routers(model):
+        cosine = torch.cosine_similarity(site.weight.detach(), routers[site.name], dim=-1)
+        assert bool((cosine < 0.999).all())
+    # As if we had never been there.
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_links_lead_somewhere():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moegeo_router as mg
@@ -208,6 +209,38 @@ def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
     )
 
 
+def compare_watching(device: torch.device, config: mg.GeometryConfig, name: str, batch_size: int = 16) -> Comparison:
+    """A plain-torch training step of the demo model with ``attach`` around it against the same step without.
+
+    Args:
+        device: where.
+        config: what is attached.
+        name: what to call it.
+        batch_size: sequences of 256 tokens.
+    """
+    torch.manual_seed(0)
+    watched = PlainLanguageModel(256).to(device)
+    alone = copy.deepcopy(watched)
+    mg.geometrize(watched)
+    inputs_BL, targets_BL = torch.randint(256, (2, batch_size, 256), device=device)
+    optimizer = torch.optim.AdamW(watched.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    geometry, other = mg.attach(watched, optimizer, config), plain_step(alone)
+
+    def step() -> dict[str, float]:
+        loss = F.cross_entropy(watched(inputs_BL).flatten(0, 1), targets_BL.flatten())
+        (loss + geometry.loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return geometry.metrics()
+
+    return Comparison(
+        name=f"training step of plain torch, {batch_size}x256 tokens: {name} vs left alone",
+        ours=step,
+        theirs=lambda: other(inputs_BL, targets_BL),
+        goal=None,
+    )
+
+
 def comparisons(device: torch.device) -> list[Comparison]:
     """All rows of the table, in order."""
     return [
@@ -216,6 +249,8 @@ def comparisons(device: torch.device) -> list[Comparison]:
         compare_experts(device, 32, "loop", goal=1.5),
         compare_experts(device, 32, "modules", goal=None),
         compare_training(device),
+        compare_watching(device, mg.GeometryConfig(), "attached"),
+        compare_watching(device, mg.GeometryConfig(fisher="parameters"), "attached, exact FHS"),
     ]
 
 

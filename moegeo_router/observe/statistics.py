@@ -7,17 +7,19 @@ Shape legend: T tokens, E experts, K chosen, D domains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..geometry.simplex import entropy, fisher_rao_distance, readable, root, uniform
-from ..routers.gating import ScoreFunction, routing_probabilities
+from ..geometry.simplex import readable, widen
+from ..routers.gating import ScoreFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,28 +106,18 @@ class LayerStatistics:
         Raises:
             ValueError: shapes or dtypes that do not fit.
         """
-        num_experts = logits.shape[-1]
-        z_TE = rearrange(logits, "... e -> (...) e")
-        p_TE = routing_probabilities(z_TE, scores)
-        asked_T = _weights(mask, logits, p_TE)
-        # One bad token must not spoil the sums of a step, which others read after it.
-        weight_T = asked_T * z_TE.isfinite().all(dim=-1)
-        weight_T1 = weight_T.unsqueeze(-1)
-        top_T2 = p_TE.topk(min(2, num_experts), dim=-1).values
-        margin_T = top_T2[:, 0] - top_T2[:, 1] if num_experts > 1 else torch.zeros_like(top_T2[:, 0])
-        u_E = uniform(num_experts, dtype=p_TE.dtype, device=p_TE.device)
-        per_token = {
-            "tokens": torch.ones_like(margin_T),
-            "entropy": entropy(p_TE),
-            "distance": fisher_rao_distance(p_TE, u_E),
-            "margin": margin_T,
-            "z_squared": z_TE.to(p_TE.dtype).logsumexp(dim=-1).square(),
-        }
-        sums = {name: _sum(values_T, weight_T) for name, values_T in per_token.items()}
-        sums["non_finite"] = asked_T.sum(dtype=torch.float64).reshape(1) - sums["tokens"]
-        sums |= {"p": _sum(p_TE, weight_T1), "root_p": _sum(root(p_TE), weight_T1)}
-        sums |= _choices(ids, gates, logits, weight_T) | _domains(domains, num_domains, logits, p_TE, weight_T)
-        return cls(**sums, traces=torch.zeros_like(sums["p"]))
+        tokens = logits.numel() // logits.shape[-1]
+        weight_T = _weights(mask, logits)
+        finite_T, z_ET = _clean(logits)
+        asked = tokens if weight_T is None else weight_T.sum()
+        weight_T = finite_T if weight_T is None else weight_T * finite_T
+        own, sums = _of_tokens(z_ET, weight_T, scores)
+        sums |= {"non_finite": (asked - own).reshape(1), "tokens": own.reshape(1)}
+        sums |= _choices(ids, gates, logits, weight_T)
+        p_ET = sums.pop("every_p")
+        sums["domain_p"], sums["domain_tokens"] = _domains(domains, num_domains, logits, p_ET, weight_T)
+        wide = {name: value.double() for name, value in sums.items()}
+        return cls(**wide, traces=torch.zeros_like(wide["p"]))
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """Return the sums over the tokens of both."""
@@ -205,18 +197,52 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _weights(mask: Tensor | None, logits: Tensor, p_TE: Tensor) -> Tensor:
+def _weights(mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
-        return p_TE.new_ones(len(p_TE))
+        return None
     if mask.shape != logits.shape[:-1]:
         raise ValueError(f"mask must be {tuple(logits.shape[:-1])}, got {tuple(mask.shape)}")
-    return mask.reshape(-1).to(p_TE.dtype)
+    return mask.reshape(-1).to(widen(logits[:0]).dtype)
 
 
-def _sum(values: Tensor, weight: Tensor) -> Tensor:
-    # where, not only a product: what is masked may hold NaN.
-    kept = torch.where(weight > 0, values, 0) * weight
-    return kept.sum(dim=0, dtype=torch.float64).reshape(-1)
+def _clean(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (T,) 1 where a token's logits make a distribution, else 0, and logits (E, T) that are finite everywhere.
+
+    Experts first: with few experts, sums over the last dimension would run over a handful of numbers each.
+    """
+    z_ET = widen(rearrange(logits, "... e -> e (...)")).contiguous()
+    # -inf is an expert that cannot be chosen; NaN, inf, or nothing but -inf is a broken token.
+    finite_T = z_ET.amax(dim=0).isfinite()
+    # One bad token must not spoil the sums of a step, which others read after it.
+    clean_ET = torch.where(finite_T, z_ET, 0).clamp_min(torch.finfo(z_ET.dtype).min)
+    return finite_T.to(z_ET.dtype), clean_ET
+
+
+def _of_tokens(z_ET: Tensor, weight_T: Tensor, scores: ScoreFunction) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the number of tokens and the sums over them; ``every_p`` is p (E, T) itself.
+
+    Written out on (E, T): each line is one pass over memory (the definitions are in ``metrics`` and ``geometry``).
+    """
+    score_ET = z_ET if scores == "softmax" else F.logsigmoid(z_ET)
+    best_T, first_T = score_ET.max(dim=0)
+    below_ET = score_ET - best_T
+    ratio_ET = torch.exp(below_ET)  # of p to the largest p
+    total_T = ratio_ET.sum(dim=0)
+    p_ET = ratio_ET / total_T
+    root_ET = p_ET.sqrt()
+    # Not 2 - 2 Σ√(p u), whose small values are rounding.
+    chord_T = (root_ET - math.sqrt(1 / len(z_ET))).square().sum(dim=0).sqrt()
+    second_T = ratio_ET.scatter(0, first_T.unsqueeze(0), 0).amax(dim=0)
+    lse_T = best_T + total_T.log() if scores == "softmax" else z_ET.logsumexp(dim=0)
+    per_token = {
+        "entropy": total_T.log() - (p_ET * below_ET).sum(dim=0),
+        "distance": 4 * torch.arcsin(chord_T / 2),
+        "margin": (1 - second_T) / total_T if len(z_ET) > 1 else torch.zeros_like(total_T),
+        "z_squared": lse_T.square(),
+    }
+    sums = {name: (values_T * weight_T).sum().reshape(1) for name, values_T in per_token.items()}
+    sums |= {"p": (p_ET * weight_T).sum(dim=1), "root_p": (root_ET * weight_T).sum(dim=1), "every_p": p_ET}
+    return weight_T.sum(dtype=torch.float64), sums
 
 
 def _choices(ids: Tensor | None, gates: Tensor | None, logits: Tensor, weight_T: Tensor) -> dict[str, Tensor]:
@@ -229,22 +255,22 @@ def _choices(ids: Tensor | None, gates: Tensor | None, logits: Tensor, weight_T:
         raise ValueError(f"ids must be {(*logits.shape[:-1], 'K')} integers, got {ids.dtype} {tuple(ids.shape)}")
     ids_N = ids.reshape(-1).long()
     weight_TK = weight_T.double().unsqueeze(-1).expand(-1, ids.shape[-1])
-    tokens = weight_T.double().sum().reshape(1)
+    tokens = weight_T.sum(dtype=torch.float64).reshape(1)
     sums["counts"] = zeros_E.index_add(0, ids_N, weight_TK.reshape(-1))
-    sums |= {"choices": weight_TK.sum().reshape(1), "k_tokens": tokens}
+    sums |= {"choices": ids.shape[-1] * tokens, "k_tokens": tokens}
     if gates is not None:
         if gates.shape != ids.shape:
             raise ValueError(f"gates must be {tuple(ids.shape)} like ids, got {tuple(gates.shape)}")
-        squares_TK = gates.reshape(weight_TK.shape).double().square()
-        squares_TK = torch.where(weight_TK > 0, squares_TK, 0) * weight_TK
+        squares_TK = torch.where(weight_TK > 0, gates.reshape(weight_TK.shape), 0).double().square()
         sums |= {"gates_squared": zeros_E.index_add(0, ids_N, squares_TK.reshape(-1)), "gate_tokens": tokens}
     return sums
 
 
 def _domains(
-    domains: Tensor | None, num_domains: int, logits: Tensor, p_TE: Tensor, weight_T: Tensor
-) -> dict[str, Tensor]:
-    sums_DE = torch.zeros(num_domains, p_TE.shape[-1], dtype=torch.float64, device=p_TE.device)
+    domains: Tensor | None, num_domains: int, logits: Tensor, p_ET: Tensor, weight_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return Σp (D·E) and tokens (D,) per domain."""
+    sums_DE = torch.zeros(num_domains, len(p_ET), dtype=torch.float64, device=p_ET.device)
     tokens_D = sums_DE.new_zeros(num_domains)
     if domains is not None and num_domains:
         if domains.shape != logits.shape[:-1] or domains.is_floating_point():
@@ -254,7 +280,6 @@ def _domains(
         if readable(labels_T) and bool(((labels_T < 0) | (labels_T >= num_domains)).any()):
             found = f"{int(labels_T.min())}..{int(labels_T.max())}"
             raise ValueError(f"domains must be in 0..{num_domains - 1}, got {found}")
-        weight_T1 = weight_T.unsqueeze(-1)
-        kept_TE = torch.where(weight_T1 > 0, p_TE, 0).double() * weight_T1
+        kept_TE = (p_ET * weight_T).T.double()
         sums_DE, tokens_D = sums_DE.index_add(0, labels_T, kept_TE), tokens_D.index_add(0, labels_T, weight_T.double())
-    return {"domain_p": sums_DE.reshape(-1), "domain_tokens": tokens_D}
+    return sums_DE.reshape(-1), tokens_D

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..geometry.simplex import widen
+
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 
@@ -39,6 +41,9 @@ def routing_probabilities(logits_TE: Tensor, scores: ScoreFunction = "softmax") 
     Raises:
         ValueError: unknown score function, or no experts.
     """
+    if scores == "softmax":
+        _num_experts(logits_TE)
+        return widen(logits_TE).softmax(dim=-1)
     return _log_scores(logits_TE, scores).softmax(dim=-1)
 
 
@@ -111,7 +116,7 @@ def _weights(log_scores_TE: Tensor, ids_TK: Tensor, renormalize: bool) -> Tensor
 
 def _log_scores(logits_TE: Tensor, scores: ScoreFunction) -> Tensor:
     _num_experts(logits_TE)
-    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    wide = widen(logits_TE)
     if scores == "softmax":
         return wide.log_softmax(dim=-1)
     if scores == "sigmoid":

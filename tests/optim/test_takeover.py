@@ -296,6 +296,67 @@ def test_half_precision_weights_have_a_master():
     torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.5), atol=0.01, rtol=0)
 
 
+def test_routers_that_differ_are_stepped_each_in_its_own_way():
+    """Two shapes, two groups, and one that gets no gradient in between: as if each were alone."""
+
+    class Routers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.routers = nn.ModuleList(mg.GeometricRouter(D, e, bias=False) for e in (4, 4, 4, 6))
+
+    def run(chosen: tuple[int, ...]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Routers().double()
+        weights = [router.weight for router in model.routers]
+        optimizer = torch.optim.SGD([{"params": weights[1:]}, {"params": weights[:1], "lr": 0.02}], lr=0.01)
+        geometry = mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF))
+        for step in range(4):
+            for index in chosen:
+                if (index, step) != (2, 0):  # not used in the first step
+                    x = batch(seed=step)[0]
+                    (model.routers[index](x) ** 2 * (index + 1)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        geometry.detach()
+        return [weight.detach() for weight in weights]
+
+    together, untouched = run((0, 1, 2, 3)), run(())
+    for index in (0, 1, 3):
+        alone = run((index,))
+        torch.testing.assert_close(together[index], alone[index], rtol=1e-12, atol=1e-14)
+        assert not torch.equal(alone[index], untouched[index])
+    assert not torch.equal(together[2], untouched[2])
+
+
+def test_a_router_without_a_gradient_stays_where_it_is_beside_others_that_move():
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    take_over(model, optimizer)
+    train(model, optimizer)
+    at = routers(model)[0].detach().clone()
+    backward(model)
+    routers(model)[0].grad = None
+    moved = routers(model)[1].detach().clone()
+    optimizer.step()
+    assert torch.equal(routers(model)[0], at)
+    assert not torch.equal(routers(model)[1], moved)
+
+
+def test_zero_rows_start_in_the_direction_of_their_own_router():
+    model = build(LinearGateBlock)
+    for weight in routers(model):
+        weight.data[1] = 0
+    with pytest.warns(UserWarning, match="1 of 4 rows are zero"):
+        mg.geometrize(model)
+    expected = [w.manifold.projx(w.detach().clone())[1] for w in routers(model)]
+    assert not torch.equal(*expected)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    take_over(model, optimizer)
+    train(model, optimizer, range(1))
+    for weight, row in zip(routers(model), expected, strict=True):
+        torch.testing.assert_close(weight.detach()[1], row, rtol=1e-4, atol=1e-6)
+
+
 def test_maximize_goes_the_other_way():
     def moved(maximize: bool) -> Tensor:
         model = converted()
