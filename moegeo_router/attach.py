@@ -102,7 +102,8 @@ class Geometry:
         self._regularization = regularization_of(model, sites, config, trained=bool(optimizers))
         self._steps: RouterSteps | None = None
         self._estimators: dict[str, TraceEstimator] = {}
-        self._token_tap = TokenTap(model, self._begin_forward, partial(self._fail, "the model"))
+        sequences = self._regularization.weights.balance_scope == "sequence"
+        self._token_tap = TokenTap(model, self._begin_forward, partial(self._fail, "the model"), sequences)
         self._taps: list[LayerTap] = []
         if config.hooks:
             self._window.experts = {site.name: site.num_experts for site in sites}

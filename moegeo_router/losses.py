@@ -24,7 +24,7 @@ from .geometry.simplex import FLOOR, entropy, fisher_rao_distance, root, uniform
 from .metrics.heterogeneity import fhs_squared
 from .metrics.load import load_share
 from .metrics.specialization import dispersion_from_means, fsi_max, information_from_means
-from .observe.forward import LayerForward, kept, rows
+from .observe.forward import LayerForward, at_least_1, kept, rows
 from .observe.statistics import LayerStatistics
 from .routers.gating import ScoreFunction, routing_probabilities
 
@@ -212,8 +212,8 @@ def additive_loss(
     # What is masked may hold NaN, which a product with 0 would not stop.
     z_TE = kept(widen(seen.logits.reshape(-1, seen.num_experts)), seen.mask)
     p_TE = routing_probabilities(z_TE, scores)
-    own = torch.as_tensor(seen.tokens(), device=z_TE.device)
-    count = own.clamp_min(1) if tokens is None else tokens
+    own = seen.tokens()
+    count = at_least_1(own) if tokens is None else tokens
     per_token = _per_token(z_TE, p_TE, regularizers, None if reference is None else reference.slopes)
     total = kept(per_token, seen.mask).sum() / count
     if reference is not None:
@@ -271,7 +271,7 @@ def load_balance(seen: LayerForward, p_TE: Tensor, scope: BalanceScope = "micro_
     if scope == "micro_batch":
         counted_TK = torch.ones_like(ids_TK) if seen.mask is None else seen.mask.unsqueeze(-1).expand_as(ids_TK).long()
         counts_E = counted_TK.new_zeros(experts).index_add(0, ids_TK.reshape(-1), counted_TK.reshape(-1))
-        mean_E = p_TE.sum(dim=0) / torch.as_tensor(seen.tokens(), device=p_TE.device).clamp_min(1)
+        mean_E = p_TE.sum(dim=0) / at_least_1(seen.tokens())
         return experts * (load_share(counts_E).to(p_TE) * mean_E).sum()
     if seen.sequences is None:
         raise ValueError(

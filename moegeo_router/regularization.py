@@ -94,14 +94,18 @@ class Regularization:
         if self._config.inject:
             raise RuntimeError("the regularizers are injected (inject=True): adding loss() would count them twice")
         pending, self._pending = self._pending, []
-        total = torch.zeros(())
+        total: Tensor | None = None
         for seen in pending:
             if torch.is_grad_enabled() and not seen.logits.requires_grad:
                 raise RuntimeError(
                     f"the logits of layer {seen.layer} carry no gradient (reentrant activation checkpointing?): "
                     "take GeometryConfig(inject=True), which works there, or non-reentrant checkpointing"
                 )
-            total = total.to(seen.logits.device) + self._additive(seen, tokens)
+            share = self._additive(seen, tokens)
+            # Layers may be on several devices.
+            total = share if total is None else total + share.to(total.device)
+        if total is None:
+            return torch.zeros(())
         if total.requires_grad:
             layers = {seen.layer for seen in pending}
             total.register_hook(lambda _: self._reached.update(layers))

@@ -7,7 +7,7 @@ matrix and so preserve a trained router; the others change its function on conve
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from geoopt import Euclidean, EuclideanStiefel, Manifold, Sphere
@@ -54,6 +54,7 @@ class PolarRows(RouterManifold, Manifold):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
+        self._directions: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return ``√(log²(r₁/r₂) + ∠(μ₁, μ₂)²)`` a row, (...) or (..., 1)."""
@@ -124,17 +125,25 @@ class PolarRows(RouterManifold, Manifold):
         x = widen(x)
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         zero = r == 0
-        if not torch.compiler.is_compiling() and bool(zero.any()):
+        # Whether there are any is only looked up where that costs nothing: an accelerator would have to wait.
+        if not torch.compiler.is_compiling() and (x.device.type != "cpu" or bool(zero.any())):
             x = torch.where(zero, self._zero_row_directions(x), x)
-            r = torch.where(zero, torch.linalg.vector_norm(x, dim=-1, keepdim=True), r)
+            r = torch.where(zero, self.ZERO_ROW_NORM, r)
         return r, x / r
 
     def _zero_row_directions(self, x: Tensor) -> Tensor:
-        # Drawn on the CPU whatever the device, so that every rank and every device gets the same rows.
-        generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        rows = self.ZERO_ROW_NORM * rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return rows.to(x)
+        key = (x.shape, x.dtype, x.device)
+        if key not in self._directions:
+            # Drawn on the CPU whatever the device, so that every rank and every device gets the same rows.
+            generator = torch.Generator().manual_seed(self.seed)
+            rows = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            rows = self.ZERO_ROW_NORM * rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+            self._directions = {key: rows.to(x)}
+        return self._directions[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What can be drawn again need not be saved.
+        return self.__dict__ | {"_directions": {}}
 
     @staticmethod
     def _split(r: Tensor, mu: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

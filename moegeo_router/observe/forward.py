@@ -133,6 +133,11 @@ def rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
+def at_least_1(count: Tensor | int) -> Tensor | int:
+    """Return a number of tokens to divide by."""
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+
 def kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return values (T,) or (T, n) with 0 for masked tokens, whatever they hold (NaN included)."""
     if mask is None:

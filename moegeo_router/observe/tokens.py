@@ -72,10 +72,11 @@ class TokenTap:
         model: the module that is called.
         begins: called whenever its forward begins.
         failed: what is done with an error of the hooks.
+        sequences: whether the tokens' sequences are wanted.
     """
 
-    def __init__(self, model: nn.Module, begins: Callable[[], None], failed: Failed) -> None:
-        self._begins = begins
+    def __init__(self, model: nn.Module, begins: Callable[[], None], failed: Failed, sequences: bool = False) -> None:
+        self._begins, self._sequences = begins, sequences
         self._given: dict[str, Tensor | None] = {}
         self._running: Tokens | None = None
         self._latest: Tokens | None = None
@@ -122,7 +123,7 @@ class TokenTap:
             "mask": None if mask is None else mask > 0,
             "decoder_mask": _truth(kwargs.get("decoder_attention_mask")),
             "segments": segments,
-            "shape": _input_shape(args, kwargs),
+            "shape": _input_shape(args, kwargs) if self._sequences else None,
         }
         given = {name: value for name, value in self._given.items() if value is not None}
         self._running = self._latest = Tokens(**(found | given))  # type: ignore[arg-type]
