@@ -101,3 +101,46 @@ def test_a_run_on_the_device_resumes_where_it_stopped(precision, tmp_path):
     again = [second.train_step(data.train_batch(step))["train/loss"] for step in range(4, 8)]
     # Atomic additions on the device are not ordered, so equality is to rounding, not to the bit.
     assert again == pytest.approx(losses[4:], rel=1e-3)
+
+
+def test_attach_counts_on_the_device_as_on_the_cpu_and_never_waits_for_it():
+    data = PlantedText(documents=100, batch_size=8, length=64)
+    found = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), dim=64, length=64)
+        model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        weights = mg.Regularizers(fsi=0.1, fhs=0.1, dispersion=0.1, information=0.1, balance=0.1, z=1e-4)
+        config = mg.GeometryConfig(on_error="raise", regularizers=weights, num_domains=len(data.domains))
+        geometry = mg.attach(model, optimizer, config)
+        batches = [data.train_batch(step).to(torch.device(device)) for step in range(6)]
+        for step, batch in enumerate(batches):
+            # The experts' own computation may wait; what is watched and stepped may not, once it has warmed up.
+            with geometry.tokens(batch.mask, domains=batch.domains):
+                output = model(batch.inputs)
+            loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten())
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+            total = loss + geometry.loss()
+            torch.cuda.set_sync_debug_mode("default")
+            total.backward()
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+            optimizer.step()
+            optimizer.zero_grad()
+            geometry.metrics()
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        found[device] = geometry.metrics()
+    for name, value in found["cpu"].items():
+        assert found["cuda"][name] == pytest.approx(value, rel=0.05, abs=0.02), name
+
+
+def test_the_taps_themselves_never_wait():
+    model = torch.nn.ModuleDict({"router": torch.nn.Linear(32, 8)}).to(CUDA)
+    geometry = mg.attach(model, config=mg.GeometryConfig(top_k=2, fisher=None, on_error="raise"))
+    x = torch.randn(256, 32, device=CUDA)
+    model["router"](x)
+    torch.cuda.set_sync_debug_mode("error")
+    model["router"](x)
+    torch.cuda.set_sync_debug_mode("default")
+    assert geometry.metrics()["geometry/fsi"] >= 0
