@@ -49,17 +49,21 @@ def listed() -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(D, D) for _ in range(E))
 
 
+def named() -> nn.ModuleDict:
+    return nn.ModuleDict({f"expert_{i}": nn.Linear(D, D) for i in range(E)})
+
+
 @pytest.mark.parametrize(
     ("block", "name", "stacked"),
     [
         (Block(experts=listed()), "mlp.experts", False),
-        (Block(local_experts=nn.ModuleDict({f"expert_{i}": nn.Linear(D, D) for i in range(E)})), "mlp.local_experts", False),
+        (Block(local_experts=named()), "mlp.local_experts", False),
         (Block(experts=Stacked()), "mlp.experts", True),
         (Block(experts=Listed()), "mlp.experts.experts", False),
         (Own(), "mlp", True),
     ],
     ids=["list", "dict", "stacked", "list inside", "own parameters"],
-)  # fmt: skip
+)
 def test_found(block, name, stacked):
     model = nn.ModuleDict({"mlp": block})
     (site,) = mg.find_routers(model)
