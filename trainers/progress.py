@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,8 +132,9 @@ def layer_lines(scalars: Mapping[str, float]) -> list[str]:
         if values:
             shown = " ".join(f"{value:.3f}" for value in values[:12])
             lines.append(f"{label} {shown}{' …' if len(values) > 12 else ''}")
-    whole = f"FSI {scalars.get('geometry/fsi', 0.0):.3f}  FHS {scalars.get('geometry/fhs', 0.0):.2f}"
-    return lines or [whole]
+    names = (("fsi", "FSI"), ("fhs", "FHS"))
+    whole = [f"{label} {scalars[f'geometry/{n}']:.3f}" for n, label in names if f"geometry/{n}" in scalars]
+    return lines or (["  ".join(whole)] if whole else [])
 
 
 def _with_layers(progress: type[Any]) -> type[Any]:
@@ -151,5 +153,5 @@ def _with_layers(progress: type[Any]) -> type[Any]:
 def _fields(scalars: Mapping[str, float], speed: _Speed) -> str:
     return (
         f"loss {scalars['train/loss']:.3f}  {speed(scalars['train/tokens_per_second']):,.0f} tokens/s  "
-        f"dead {scalars.get('geometry/dead_fraction', 0.0):.0%}"
+        f"dead {scalars.get('geometry/dead_fraction', math.nan):.0%}"
     )

@@ -33,15 +33,17 @@ def clock(monkeypatch):
 def test_a_line_has_the_loss_the_speed_fsi_and_the_dead(capsys):
     with Lines(20) as lines:
         lines.update(1, SCALARS)
-    assert capsys.readouterr().out == "step 1/20  loss 1.235  1,000 tokens/s  dead 38%  FSI 0.062  FHS 1.25\n"
+    assert capsys.readouterr().out == "step 1/20  loss 1.235  1,000 tokens/s  dead 38%  FSI 0.062  FHS 1.250\n"
 
 
 def test_layers_have_lines_of_their_own(capsys):
-    assert layer_lines(SCALARS) == ["FSI 0.062  FHS 1.25"]
+    assert layer_lines(SCALARS) == ["FSI 0.062  FHS 1.250"]
     assert layer_lines(SCALARS | LAYERS) == [
         "FSI by layer 0.000 0.125 0.250 0.375",
         "FHS by layer 1.000 1.125 1.250 1.375",
     ]
+    assert layer_lines({"geometry/fsi": 0.5}) == ["FSI 0.500"]  # without Fisher traces there is no FHS
+    assert layer_lines({}) == []
     many = {f"geometry/layer{i}/fhs": 1.0 for i in range(40)}
     assert layer_lines(many) == ["FHS by layer " + "1.000 " * 12 + "…"]
     Lines(20).update(1, SCALARS | LAYERS)
