@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import GeometryConfig
+from ..integrations.transformers import observe_experts
 from ..routers.experts import block_of, find_experts
 from ..routers.find import RouterSite
 from .fisher import AddTraces, MinibatchTraces, NoTraces, OutputTraces, ParameterTraces, TraceEstimator
@@ -79,15 +80,15 @@ def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, f
         ValueError: the experts are not found, or the estimator cannot see inside them.
     """
     if config.fisher == "outputs":
-        return OutputTraces(add, config.loss, config.gates)
+        return OutputTraces(add, config.loss, config.gates, failed)
     if config.fisher is None or tap is None:
         return NoTraces()
     site, experts = tap.site, tap.experts
     if experts is None:
         raise ValueError(f"fisher={config.fisher!r}: no experts found beside router {site.name}: take fisher='outputs'")
     if config.fisher == "minibatch":
-        return MinibatchTraces(experts, site.num_experts, add)
-    return ParameterTraces(experts, site.num_experts, tap, add, config.loss, failed)
+        return MinibatchTraces(experts, site.num_experts, add, failed)
+    return ParameterTraces(experts, site.num_experts, tap, add, config.loss, failed, observe_experts)
 
 
 def say_what_is_missing(seen: LayerForward, config: GeometryConfig) -> None:

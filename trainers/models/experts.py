@@ -5,16 +5,23 @@ C rows an expert is padded to, D width, F hidden width of one expert.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ExpertFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x_TD, weights_TK, ids_TK, w_gate_EDF, w_up_EDF, w_down_EFD) -> y_TD"""
+ExpertFunction = Callable[..., Tensor]
+"""(x_TD, weights_TK, ids_TK, w_gate_EDF, w_up_EDF, w_down_EFD, tap=None) -> y_TD"""
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(rows (..., n, D), weights (..., D, F)) -> (..., n, F)"""
+
+Tap = Callable[[Tensor, Tensor, int | Tensor], None]
+"""(rows (..., D), their products (..., F), the expert of each row: a number, or integers broadcast against the rows)"""
 
 
-def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, product: Product = torch.matmul) -> Tensor:
     """One expert, ``(silu(x w_gate) ⊙ (x w_up)) w_down``; leading dimensions are batched as in torch.matmul.
 
     Args:
@@ -22,14 +29,23 @@ def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         w_gate: (..., D, F).
         w_up: (..., D, F).
         w_down: (..., F, D).
+        product: how rows meet weights.
 
     Returns:
         (..., n, D).
     """
-    return (F.silu(x @ w_gate) * (x @ w_up)) @ w_down
+    return product(F.silu(product(x, w_gate)) * product(x, w_up), w_down)
 
 
-def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def loop(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tap: Tap | None = None,
+) -> Tensor:
     """The definition, ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``, one expert after the other.
 
     Args:
@@ -39,6 +55,7 @@ def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up:
         w_gate: (E, D, F).
         w_up: (E, D, F).
         w_down: (E, F, D).
+        tap: called after every product with weights of the experts.
 
     Returns:
         y_TD in x's dtype, summed in float32 (float64 for float64 tokens).
@@ -46,12 +63,21 @@ def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up:
     y_TD = torch.zeros(x_TD.shape, dtype=_sum_dtype(x_TD), device=x_TD.device)
     for expert in range(w_gate.shape[0]):
         rows, slots = (ids_TK == expert).nonzero(as_tuple=True)
-        y = swiglu(x_TD.index_select(0, rows), w_gate[expert], w_up[expert], w_down[expert])
+        product = _tapped(torch.matmul, tap, expert)
+        y = swiglu(x_TD.index_select(0, rows), w_gate[expert], w_up[expert], w_down[expert], product)
         y_TD.index_add_(0, rows, _weighted(y, weights_TK[rows, slots], y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
-def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def split(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tap: Tap | None = None,
+) -> Tensor:
     """``loop`` over tokens sorted by expert: one gather, one scatter, contiguous slices between.
 
     The fastest on a CPU, where torch's grouped product is itself a loop over groups: here an expert's rows stay
@@ -62,11 +88,19 @@ def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up
     slices = x_TD.index_select(0, rows_N).split(counts_E.tolist())
     # unbind, not indexing: the backward of w[e] writes a whole (E, D, F) gradient for every expert.
     experts = zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind(), strict=True)
-    y_ND = torch.cat([swiglu(x, gate, up, down) for x, gate, up, down in experts])
+    y_ND = torch.cat([swiglu(*expert, _tapped(torch.matmul, tap, e)) for e, expert in enumerate(experts)])
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def grouped(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tap: Tap | None = None,
+) -> Tensor:
     """``loop`` as three grouped products (``torch.nn.functional.grouped_mm``) over tokens sorted by expert.
 
     Never reads back to the host; no token is padded or dropped. Arguments and result as in ``loop``.
@@ -80,14 +114,22 @@ def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_
             f"got {x_TD.dtype}, dim {w_gate.shape[1]} and hidden {w_gate.shape[2]}"
         )
     order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    x_ND = x_TD.index_select(0, rows_N)
-    h_NF = F.silu(F.grouped_mm(x_ND, w_gate, offs=ends_E)) * F.grouped_mm(x_ND, w_up, offs=ends_E)
-    y_ND = F.grouped_mm(h_NF, w_down, offs=ends_E)
+    product: Product = partial(F.grouped_mm, offs=counts_E.cumsum(0).to(torch.int32))
+    if tap is not None:
+        product = _tapped(product, tap, ids_TK.reshape(-1).index_select(0, order_N))
+    y_ND = swiglu(x_TD.index_select(0, rows_N), w_gate, w_up, w_down, product)
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def batched(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tap: Tap | None = None,
+) -> Tensor:
     """``loop`` as three batched products: each expert padded to the fullest one, no token dropped.
 
     Works for every dtype and device; wasteful when the load is skewed. Arguments and result as in ``loop``.
@@ -100,12 +142,24 @@ def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_
     position_N = torch.arange(len(order_N), device=x_TD.device) - starts_E.index_select(0, expert_N)
     cell_N = expert_N * capacity + position_N
     x_ECD = x_TD.new_zeros(num_experts * capacity, dim).index_copy(0, cell_N, x_TD.index_select(0, rows_N))
-    y_ECD = swiglu(x_ECD.view(num_experts, capacity, dim), w_gate, w_up, w_down)
+    product: Product = torch.matmul
+    if tap is not None:
+        # Padding rows are 0, and so are their gradients: a tap need not be told which they are.
+        product = _tapped(product, tap, torch.arange(num_experts, device=x_TD.device).unsqueeze(-1))
+    y_ECD = swiglu(x_ECD.view(num_experts, capacity, dim), w_gate, w_up, w_down, product)
     y_ND = y_ECD.reshape(-1, dim).index_select(0, cell_N)
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def auto(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tap: Tap | None = None,
+) -> Tensor:
     """The fastest of the others for this device, dtype and width. Arguments and result as in ``loop``."""
     if x_TD.device.type == "cpu":
         function = split
@@ -113,7 +167,7 @@ def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w_gate: Tensor, w_up:
         function = grouped
     else:
         function = batched
-    return function(x_TD, weights_TK, ids_TK, w_gate, w_up, w_down)
+    return function(x_TD, weights_TK, ids_TK, w_gate, w_up, w_down, tap)
 
 
 class SwiGLUExperts(nn.Module):
@@ -125,9 +179,15 @@ class SwiGLUExperts(nn.Module):
         hidden: F ≥ 1, hidden width of one expert.
         compute: "auto", "split", "grouped", "batched" or "loop": the same function, computed differently.
 
+    Attributes:
+        fisher_tap: called after every product of tokens with weights of the experts, where it is set
+            (``attach(fisher="parameters")`` does).
+
     Raises:
         ValueError: a size below 1 or an unknown ``compute``.
     """
+
+    fisher_tap: Tap | None = None
 
     def __init__(self, num_experts: int, dim: int, hidden: int, compute: str = "auto") -> None:
         super().__init__()
@@ -166,7 +226,20 @@ class SwiGLUExperts(nn.Module):
             # grouped_mm is not on autocast's list, and slices of a weight miss its cache: cast once, here.
             dtype = torch.get_autocast_dtype(device)
         weights = (w.to(dtype) for w in (self.w_gate, self.w_up, self.w_down))
-        return self._function(x_TD.to(dtype), weights_TK, ids_TK, *weights).to(x_TD.dtype)
+        return self._function(x_TD.to(dtype), weights_TK, ids_TK, *weights, self.fisher_tap).to(x_TD.dtype)
+
+
+def _tapped(product: Product, tap: Tap | None, experts: int | Tensor) -> Product:
+    """``product``, and the tap called after it."""
+    if tap is None:
+        return product
+
+    def tapped(x: Tensor, w: Tensor) -> Tensor:
+        y = product(x, w)
+        tap(x, y, experts)
+        return y
+
+    return tapped
 
 
 def _grouped_mm_takes(x: Tensor, w: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""What the library knows of other libraries; none of them is imported here."""
