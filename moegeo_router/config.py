@@ -36,7 +36,8 @@ class GeometryConfig:
             the user is left alone. Otherwise they come from ``loss()``.
         accumulation: injected gradients are divided by this: the number of micro-batches whose losses the user divides
             by it. (``loss()`` needs no such number: it is divided with the rest.)
-        grad_scaler: the ``torch.amp.GradScaler`` of the run, for injected gradients, which must be scaled like others.
+        grad_scaler: the ``torch.amp.GradScaler`` of the run: injected gradients must be scaled like others, and Fisher
+            traces of a step that it skips have another scale than those of the next.
         step: how the routers are stepped when there is an optimizer: ``"riemannian"`` takes their step over from it,
             None leaves it there.
         router_lr: factor on the learning rate of a router's group, see ``RouterSteps``.
@@ -81,10 +82,16 @@ class GeometryConfig:
         _check_choice("on_error", self.on_error, get_args(OnError))
         for name, least in (("top_k", 1), ("num_domains", 0), ("accumulation", 1), ("pictures_every", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is None and name == "top_k":
+                continue
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not 0 <= self.router_lr < float("inf"):
             raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
+        if self.regularizers is not None and not isinstance(self.regularizers, Regularizers):
+            raise ValueError(f"regularizers must be a Regularizers(...) or None, got {self.regularizers!r:.80}")
+        if self.accumulation > 1 and not self.inject:
+            raise ValueError("accumulation is for injected gradients (inject=True): loss() is divided with your loss")
         if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":
             raise ValueError(f"regularizers.fhs needs fisher='outputs', got {self.fisher!r}")
         if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "scale", None)):

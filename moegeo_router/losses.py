@@ -209,13 +209,16 @@ def additive_loss(
     Raises:
         ValueError: ``balance_scope="sequence"`` where sequences are not known, or ``"micro_batch"`` without ids.
     """
-    # What is masked may hold NaN, which a product with 0 would not stop.
-    z_TE = kept(widen(seen.logits.reshape(-1, seen.num_experts)), seen.mask)
+    # What is masked may hold NaN, which a product with 0 would not stop; nor do broken tokens make the loss NaN.
+    z_TE = widen(rows(seen.logits))
+    finite_T = z_TE.detach().amax(dim=-1).isfinite() if z_TE.shape[0] else None
+    keep_T = finite_T if seen.mask is None else seen.mask if finite_T is None else seen.mask & finite_T
+    z_TE = kept(z_TE, keep_T)
     p_TE = routing_probabilities(z_TE, scores)
     own = seen.tokens()
     count = at_least_1(own) if tokens is None else tokens
     per_token = _per_token(z_TE, p_TE, regularizers, None if reference is None else reference.slopes)
-    total = kept(per_token, seen.mask).sum() / count
+    total = kept(per_token, keep_T).sum() / count
     if reference is not None:
         total = total + reference.offset.to(p_TE) * (own / count)
         if regularizers.fhs and seen.gates is not None and seen.ids is not None:

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import GeometryConfig
 from .losses import Linearization, Regularizers, additive_loss, linearize
+from .observe.findings import UNSEEN
 from .observe.forward import LayerForward, rows
 from .observe.statistics import LayerStatistics, RoutingStatistics
 from .routers.find import RouterSite
@@ -22,6 +24,10 @@ from .routers.gating import top_choices
 
 #: Weight of the past in the running mean of the experts' sensitivities.
 SENSITIVITY_DECAY = 0.9
+
+
+class RegularizerError(RuntimeError):
+    """A regularizer that was asked for cannot act; never passed over, whatever ``on_error`` says."""
 
 
 def regularization_of(
@@ -46,24 +52,27 @@ def regularization_of(
         raise ValueError(f"regularizers were asked for, but the routers {', '.join(frozen)} are frozen")
     weights = asked if asked is not None else Regularizers() if trained else Regularizers.none()
     if weights.active:
-        _warn_of_own_loss(model)
-    return Regularization(weights, asked is not None, config, frozen)
+        warn_of_own_loss(model, {})
+    return Regularization(weights, asked is not None, config, sites)
 
 
 class Regularization:
     """Adds the regularizers to the loss, by ``loss()`` or on the graph, and checks that they arrive.
 
+    A layer whose router is frozen gets none.
+
     Args:
         weights: which are on.
         required: they were asked for by name: not reaching a router is an error, else a warning.
         config: of the ``attach``.
-        frozen: layers whose router gets no gradient, and so no regularizer.
+        sites: the routers, where they are known.
     """
 
     def __init__(
-        self, weights: Regularizers, required: bool, config: GeometryConfig, frozen: Iterable[str] = ()
+        self, weights: Regularizers, required: bool, config: GeometryConfig, sites: Iterable[RouterSite] = ()
     ) -> None:
-        self.weights, self._required, self._config, self._frozen = weights, required, config, frozenset(frozen)
+        self.weights, self._required, self._config = weights, required, config
+        self._sites = {site.name: site for site in sites}
         self._references: dict[str, Linearization] = {}
         self._sensitivities: dict[str, Tensor] = {}
         self._pending: list[LayerForward] = []
@@ -79,14 +88,22 @@ class Regularization:
         """Forget forwards that no ``loss()`` asked for: it is about the newest one."""
         self._pending.clear()
 
-    def observe(self, seen: LayerForward) -> None:
-        """Take up one forward pass: inject its gradient, or keep it for ``loss()``."""
-        if not self.on or seen.layer in self._frozen:
+    def observe(self, seen: LayerForward, trained: bool) -> None:
+        """Take up one forward pass: inject its gradient, or keep it for ``loss()``.
+
+        Args:
+            seen: the forward pass.
+            trained: whether it leaves a graph, or is to leave one when it is run again.
+
+        Raises:
+            RegularizerError: what a regularizer needs is not known.
+        """
+        if not self.on or self._frozen(seen.layer):
             return
         if self._config.inject:
             if seen.logits.requires_grad:
                 self._inject(seen)
-        elif not seen.recomputed:
+        elif trained and not seen.recomputed:
             self._pending.append(seen)
 
     def loss(self, tokens: int | None = None) -> Tensor:
@@ -97,7 +114,7 @@ class Regularization:
         total: Tensor | None = None
         for seen in pending:
             if torch.is_grad_enabled() and not seen.logits.requires_grad:
-                raise RuntimeError(
+                raise RegularizerError(
                     f"the logits of layer {seen.layer} carry no gradient (reentrant activation checkpointing?): "
                     "take GeometryConfig(inject=True), which works there, or non-reentrant checkpointing"
                 )
@@ -111,30 +128,42 @@ class Regularization:
             total.register_hook(lambda _: self._reached.update(layers))
         return total
 
-    def check(self, layers: Iterable[str]) -> None:
-        """Make sure that the regularizers' gradient reached the routers of these layers in this step.
+    def check(self, seen: Iterable[str], never_seen: Sequence[str]) -> None:
+        """Make sure, before a step, that the regularizers' gradient reached every router that is trained.
+
+        Args:
+            seen: the layers that were seen since the last step.
+            never_seen: layers whose router has a gradient and that were never seen.
 
         Raises:
-            RuntimeError: it did not, and they were asked for.
+            RegularizerError: it did not, and they were asked for.
         """
-        missing = [layer for layer in layers if layer not in self._reached and layer not in self._frozen]
-        self._reached.clear()
-        if not self.on or not missing or self._told:
+        self._pending.clear()
+        reached, self._reached = self._reached, set()
+        if not self.on:
             return
-        how = (
-            "their block does not use the logits that were tapped"
-            if self._config.inject
-            else "add geometry.loss() to the loss that is backpropagated, or take GeometryConfig(inject=True)"
-        )
-        message = (
-            f"the regularizers ({', '.join(self.weights.active)}) reached no router of {', '.join(missing)}: {how}"
-        )
+        missing = [name for name in seen if name not in reached and not self._frozen(name)]
+        if never_seen and self._required:
+            self._complain(never_seen, UNSEEN)
+        elif missing and self._config.inject:
+            self._complain(missing, "their block does not use the logits that were tapped")
+        elif missing:
+            self._complain(
+                missing, "add geometry.loss() to the loss that is backpropagated, or take GeometryConfig(inject=True)"
+            )
+
+    def _complain(self, layers: Sequence[str], why: str) -> None:
+        names = ", ".join(self.weights.active)
+        message = f"the regularizers ({names}) reached no router of {', '.join(layers)}: {why}"
         if self._required:
-            raise RuntimeError(message)
-        self._told = True
-        warnings.warn(
-            f"{message}, or switch them off with GeometryConfig(regularizers=Regularizers.none())", stacklevel=4
-        )
+            raise RegularizerError(message)
+        if not self._told:
+            self._told = True
+            off = "GeometryConfig(regularizers=Regularizers.none())"
+            warnings.warn(f"{message}, or switch them off with {off}", stacklevel=5)
+
+    def _frozen(self, layer: str) -> bool:
+        return layer in self._sites and not self._sites[layer].weight.requires_grad
 
     def end_step(self, reduced: RoutingStatistics) -> Tensor:
         """Refer to the reduced sums of this step from now on; return the regularizers' value there, (layers,)."""
@@ -164,8 +193,17 @@ class Regularization:
         if (self.weights.fhs or self.weights.balance) and seen.ids is None and config.top_k is not None:
             ids, gates = top_choices(rows(seen.logits), config.top_k, config.scores, config.renormalize)
             seen = replace(seen, ids=ids, gates=gates)
+        if self.weights.balance and seen.ids is None:
+            raise RegularizerError(
+                f"layer {seen.layer} does not show the experts chosen, which balance needs: set top_k"
+            )
+        if self.weights.fhs and seen.gates is None:
+            raise RegularizerError(f"layer {seen.layer} does not show its gates, which fhs needs")
         reference = self._references.get(seen.layer)
-        return additive_loss(seen, self.weights, reference, scores=self._config.scores, tokens=tokens)
+        try:
+            return additive_loss(seen, self.weights, reference, scores=self._config.scores, tokens=tokens)
+        except ValueError as error:
+            raise RegularizerError(str(error)) from None
 
     def _inject(self, seen: LayerForward) -> None:
         """Let the regularizers' gradient join that of the logits (and gates) when the backward pass gets there."""
@@ -203,12 +241,25 @@ def _sensitivity(sums: LayerStatistics, before: Tensor | None) -> Tensor:
     return known if before is None else SENSITIVITY_DECAY * past + (1 - SENSITIVITY_DECAY) * known
 
 
-def _warn_of_own_loss(model: nn.Module) -> None:
+def warn_of_own_loss(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Warn if a transformers model adds an auxiliary loss of its own; returns whether it does.
+
+    Args:
+        model: the model.
+        arguments: those of its call.
+    """
     config = getattr(model, "config", None)
-    weight = getattr(config, "router_aux_loss_coef", 0)
-    if getattr(config, "output_router_logits", False) and weight:
+    asked = arguments.get("output_router_logits")
+    if not (getattr(config, "output_router_logits", False) if asked is None else asked):
+        return False
+    places = (config, getattr(config, "text_config", None), getattr(config, "ffn_config", None))
+    names = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+    weights = {name: getattr(place, name) for place in places for name in names if getattr(place, name, 0)}
+    if weights:
+        said = ", ".join(f"{name}={value}" for name, value in weights.items())
         warnings.warn(
-            f"the model adds an auxiliary loss of its own, too (output_router_logits=True, router_aux_loss_coef="
-            f"{weight}): switch one of the two off",
-            stacklevel=5,
+            f"the model adds an auxiliary loss of its own, too (output_router_logits=True, {said}): switch one of the "
+            "two off",
+            stacklevel=6,
         )
+    return bool(weights)

@@ -103,7 +103,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def train(model: nn.Module, x: Tensor, mask: Tensor | None, inject: bool, micro: int = 1, **options: object):
     """Two steps at a learning rate of 0; the metrics and gradients of the second."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    config = {"regularizers": WEIGHTS, "inject": inject, "accumulation": micro, "step": None, "on_error": "raise"}
+    config = {
+        "regularizers": WEIGHTS,
+        "inject": inject,
+        "accumulation": micro if inject else 1,
+        "step": None,
+        "on_error": "raise",
+    }
     geometry = mg.attach(model, optimizer, mg.GeometryConfig(**config | options))
     parts = x.chunk(micro), [None] * micro if mask is None else mask.chunk(micro)
     for _ in range(2):

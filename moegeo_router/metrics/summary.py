@@ -31,7 +31,8 @@ def layer_scalars(statistics: LayerStatistics, previous: LayerStatistics | None 
     """
     tokens, num_experts = statistics.tokens, statistics.num_experts
     if not float(tokens):
-        return {}
+        # A layer whose every token is broken must not look as if nothing had happened.
+        return {"non_finite": 1.0} if float(statistics.non_finite) else {}
     mean_p = statistics.p / tokens
     largest = fsi_max(num_experts)
     scalars: dict[str, Tensor] = {

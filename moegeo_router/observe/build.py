@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import nn
 
 from ..config import GeometryConfig
@@ -14,10 +12,16 @@ from ..integrations.transformers import observe_experts
 from ..routers.experts import block_of, find_experts
 from ..routers.find import RouterSite
 from .fisher import AddTraces, MinibatchTraces, NoTraces, OutputTraces, ParameterTraces, TraceEstimator
-from .forward import LayerForward
-from .hooks import Failed
+from .hooks import Failed, Hook
 from .taps import LayerTap, Sink
 from .tokens import TokenTap
+
+
+def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
+    """Raise a ValueError if a router is watched already: two would count, inject and step twice."""
+    for site in sites:
+        if any(isinstance(hook, Hook) for hook in site.module._forward_hooks.values()):
+            raise ValueError(f"router {site.name} is watched already: detach() the other attach first")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -87,32 +91,9 @@ def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, f
     if experts is None:
         raise ValueError(f"fisher={config.fisher!r}: no experts found beside router {site.name}: take fisher='outputs'")
     if config.fisher == "minibatch":
+        if experts.stacked and not any(p.ndim > 1 and len(p) == site.num_experts for p in experts.own_parameters()):
+            raise ValueError(
+                f"fisher='minibatch': the weights of {experts.name} are not stacked by expert: take 'outputs'"
+            )
         return MinibatchTraces(experts, site.num_experts, add, failed)
     return ParameterTraces(experts, site.num_experts, tap, add, config.loss, failed, observe_experts)
-
-
-def say_what_is_missing(seen: LayerForward, config: GeometryConfig) -> None:
-    """Warn of what a layer does not show, and what that disables."""
-    if seen.ids is None:
-        missing, so = "shows logits, not the experts chosen", "no load metrics, no FHS by outputs"
-    elif seen.gates is None and config.fisher == "outputs":
-        missing, so = "shows the experts chosen, not their gates", "no FHS by outputs (fisher='parameters' needs none)"
-    elif seen.output is None and config.fisher == "outputs":
-        missing, so = "has no block whose output was seen", "no FHS by outputs"
-    else:
-        return
-    hint = " (GeometryConfig(top_k=...) takes the k largest)" if seen.ids is None else ""
-    warnings.warn(f"layer {seen.layer} {missing}: {so}{hint}", stacklevel=4)
-
-
-def warn_of_constant_gates(seen: LayerForward) -> None:
-    """Warn if the only gate of every token is exactly 1, so that no gradient of the loss reaches the router."""
-    gates = seen.gates
-    if gates is None or gates.device.type != "cpu" or gates.shape[-1] != 1 or seen.num_experts == 1:
-        return
-    if gates.numel() and bool(torch.all(gates == 1)):
-        warnings.warn(
-            f"layer {seen.layer}: top-1 gates that are renormalised are exactly 1, so the loss gives the router no "
-            "gradient: weigh the chosen expert by its probability",
-            stacklevel=4,
-        )

@@ -10,13 +10,13 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routers.experts import Experts
 from ..routers.find import RouterSite
 from .forward import Joint, LayerForward
 from .hooks import Failed, Hook, recomputing
+from .logits import LogitsFinder
 from .tokens import TokenTap
 
 #: What receives a forward pass; ``ids`` and ``gates`` are still missing where no output or input showed them.
@@ -26,10 +26,11 @@ Sink = Callable[[LayerForward], None]
 class LayerTap:
     """Forward hooks on one MoE layer: every training forward is handed over once, when its block returns.
 
-    Tensors are told apart by shape and type, never by position, because code bases and their versions order them
-    differently. Of the router's outputs, floating point (..., E) are the logits (where several could be, the one
-    nearest to ``x Wᵀ + b``, found once), integers (..., K) with K < E the chosen experts, floating point of their shape
-    the gates. What the router does not return is looked for in the inputs of the experts. Eval mode is not seen. A
+    Tensors are told apart by shape and value, never by position, because code bases and their versions order them
+    differently. Of the router's outputs, floating point (..., E) are the logits: of several the one nearest to
+    ``x Wᵀ + b``, and where all are scores instead (in [0, 1], unlike ``x Wᵀ + b``) the logits are computed; this is
+    found out once. Integers (..., K) are the chosen experts, floating point of their shape the gates. What the router
+    does not return is looked for in the inputs of the experts. Not seen: eval mode and forwards under ``no_grad``. A
     forward that activation checkpointing runs again is seen only where the first one left no graph (reentrant
     checkpointing), marked as ``recomputed``.
 
@@ -57,11 +58,13 @@ class LayerTap:
     ) -> None:
         self.site, self.experts = site, experts
         self._tokens, self._sink, self._active, self._join = tokens, sink, active, join
-        self._which: int | None = None
+        self._finder = LogitsFinder(site)
         self._inside = False
         self._had_graph = False
         self._seen: dict[str, Any] | None = None
-        self._handles = [site.module.register_forward_hook(Hook(self._router, failed))]
+        self._handles = [site.module.register_forward_hook(Hook(self._router, failed), with_kwargs=True)]
+        if site.projection is not site.module:
+            self._handles.append(site.projection.register_forward_hook(Hook(self._projected, failed)))
         if block is not None:
             self._handles.append(block.register_forward_pre_hook(Hook(self._open, failed)))
             self._handles.append(block.register_forward_hook(Hook(self._close, failed)))
@@ -82,20 +85,24 @@ class LayerTap:
     def _open(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._inside, self._seen = True, None
 
-    def _router(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not module.training or not self._active():
+    def _projected(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and self.site.module.training:
+            self._finder.projected = output
+
+    def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        again = recomputing()
+        if not module.training or not self._active() or not (again or self._tokens.trained):
             return None
         self._flush(None)  # a block that calls its router in chunks
-        tensors = list(_tensors(output))
-        logits = self._logits(tensors, inputs)
-        again = recomputing()
+        tensors = list(tensors_in(output))
+        logits = self._finder.find(tensors, (*args, *kwargs.values()))
         if again and self._had_graph:
             return None  # the hooks of the first forward see this backward pass
         if not again:
             self._had_graph = logits.requires_grad
         tokens = logits.numel() // self.site.num_experts
         known = self._tokens.of_layer(self.site.name, tokens, again)
-        self._seen = {"logits": logits, "recomputed": again} | known | self._choices(tensors, tokens)
+        self._seen = {"logits": logits, "recomputed": again} | known | self._choices(tensors, logits)
         output = self._joined(output)
         if not self._inside:
             self._flush(None)
@@ -114,8 +121,7 @@ class LayerTap:
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seen is not None and self._seen.get("ids") is None:
-            tokens = self._seen["logits"].numel() // self.site.num_experts
-            self._seen |= self._choices(list(_tensors((*args, *kwargs.values()))), tokens)
+            self._seen |= self._choices(list(tensors_in((*args, *kwargs.values()))), self._seen["logits"])
 
     def _close(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._inside = False
@@ -124,34 +130,36 @@ class LayerTap:
     def _flush(self, output: Any) -> None:
         seen, self._seen = self._seen, None
         if seen is not None:
-            tokens = seen["logits"].numel() // self.site.num_experts
-            fitting = (t for t in _tensors(output) if t.is_floating_point() and t.numel() == tokens * t.shape[-1])
-            self._sink(LayerForward(layer=self.site.name, output=next(fitting, None), **seen))
+            found = self._output(list(tensors_in(output)), seen["logits"])
+            self._sink(LayerForward(layer=self.site.name, output=found, **seen))
 
-    def _logits(self, tensors: Sequence[Tensor], inputs: tuple[Any, ...]) -> Tensor:
+    def _output(self, tensors: Sequence[Tensor], logits: Tensor) -> Tensor | None:
+        """Return the block's output among the tensors it returned: a row for each token, of the input's width."""
+        tokens, width = logits.numel() // self.site.num_experts, self.site.in_features
+        fitting = [
+            t
+            for t in tensors
+            if t.is_floating_point() and t.ndim > 1 and t.numel() == tokens * t.shape[-1] and t is not logits
+        ]
+        as_wide = [t for t in fitting if t.shape[-1] == width]
+        others = [t for t in fitting if t.shape[-1] not in (1, self.site.num_experts)]
+        return next(iter(as_wide or others), None)
+
+    def _choices(self, tensors: Sequence[Tensor], logits: Tensor) -> dict[str, Tensor]:
         experts = self.site.num_experts
-        found = [t for t in tensors if t.is_floating_point() and t.ndim and t.shape[-1] == experts]
-        if not found:
-            shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors) or "no tensor"
-            raise ValueError(f"router {self.site.name} returned no logits (..., {experts}): {shapes}")
-        if len(found) > 1 and self._which is None:
-            self._which = self._nearest(found, inputs)
-        return found[self._which or 0]
-
-    @torch.no_grad()
-    def _nearest(self, found: Sequence[Tensor], inputs: tuple[Any, ...]) -> int:
-        bias = getattr(self.site.projection, "bias", None)
-        x = inputs[0].detach().float().reshape(-1, self.site.in_features)
-        z = F.linear(x, self.site.weight.float(), None if bias is None else bias.float())
-        return min(range(len(found)), key=lambda i: float((found[i].float().reshape(z.shape) - z).abs().mean()))
-
-    def _choices(self, tensors: Sequence[Tensor], tokens: int) -> dict[str, Tensor]:
-        experts = self.site.num_experts
+        tokens = logits.numel() // experts
         for ids in tensors:
-            integers = not ids.is_floating_point() and ids.dtype != torch.bool and ids.ndim
-            if integers and ids.shape[-1] < experts and ids.numel() == tokens * ids.shape[-1]:
-                gates = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
-                return {"ids": ids} if gates is None else {"ids": ids, "gates": gates}
+            if ids.is_floating_point() or ids.dtype == torch.bool or not ids.ndim:
+                continue
+            if ids.shape[-1] > experts or ids.numel() != tokens * ids.shape[-1]:
+                continue
+            gates = next(
+                (t for t in tensors if t.is_floating_point() and t.shape == ids.shape and t is not logits), None
+            )
+            if gates is not None:
+                return {"ids": ids, "gates": gates}
+            if ids.shape[-1] < experts:  # integers (..., E) without gates may be a mask
+                return {"ids": ids}
         return {}
 
 
@@ -159,16 +167,16 @@ def _is_called(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList) and type(module).forward is not nn.Module.forward
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def tensors_in(value: Any) -> Iterable[Tensor]:
     """Yield the tensors of a module's output: one, or those in a tuple, a list, a mapping or a dataclass."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from .forward import flat_tokens
 from .hooks import Failed, Hook, recomputing
+
+#: Arguments of a forward that say something about its tokens.
+ARGUMENTS = ("attention_mask", "decoder_attention_mask", "segment_ids")
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,7 @@ class Tokens:
         segments: the packed sequence of each token, 0 for padding.
         domains: the domain of each token.
         shape: (B, L) of the model's input.
+        trained: whether the forward leaves a graph: one under ``no_grad`` is no training.
     """
 
     mask: Tensor | None = None
@@ -31,15 +38,14 @@ class Tokens:
     segments: Tensor | None = None
     domains: Tensor | None = None
     shape: tuple[int, int] | None = None
+    trained: bool = True
 
-    def of_layer(self, layer: str, tokens: int) -> dict[str, Tensor | None]:
+    def of_encoder(self, tokens: int) -> dict[str, Tensor | None]:
         """Return ``mask``, ``domains`` and ``sequences`` (T,) for the T tokens that a layer saw.
 
         Raises:
             ValueError: a mask, segments or domains for another number of tokens.
         """
-        if "decoder" in layer.split(".") and self.decoder_mask is not None:
-            return {"mask": flat_tokens(self.decoder_mask, tokens, "decoder_attention_mask")}
         try:
             mask = flat_tokens(self.mask, tokens, "attention_mask")
         except ValueError as error:
@@ -49,6 +55,14 @@ class Tokens:
             mask = segments > 0
         domains = flat_tokens(self.domains, tokens, "domains")
         return {"mask": mask, "domains": domains, "sequences": self._sequences(segments, tokens)}
+
+    def of_decoder(self, tokens: int) -> dict[str, Tensor | None]:
+        """Return the same for a decoder's layer beside an encoder: the encoder's mask says nothing of its tokens."""
+        by_row = self.domains if self.domains is not None and self.domains.ndim == 1 else None
+        return {
+            "mask": flat_tokens(self.decoder_mask, tokens, "decoder_attention_mask"),
+            "domains": flat_tokens(by_row, tokens, "domains"),
+        }
 
     def _sequences(self, segments: Tensor | None, tokens: int) -> Tensor | None:
         if self.shape is None or self.shape[0] * self.shape[1] != tokens:
@@ -63,27 +77,47 @@ class Tokens:
 
 
 class TokenTap:
-    """Hooks on the whole model that hold ``Tokens`` while its forward runs.
+    """Hooks on a model, and on the modules around its layers, that hold ``Tokens`` while their forward runs.
 
-    They come from the keyword arguments ``attention_mask`` (B, L), ``decoder_attention_mask`` and ``segment_ids``
-    (packed sequences, 0 for padding; a mask of whole numbers is read the same way), or from ``given``.
+    They come from the arguments ``attention_mask`` (B, L), ``decoder_attention_mask`` and ``segment_ids`` (packed
+    sequences, 0 for padding; a mask of whole numbers is read the same way) of whichever of these modules has them, by
+    name or by position, the innermost first; or from ``given``.
 
     Args:
-        model: the module that is called.
-        begins: called whenever its forward begins.
+        model: the module whose routers are watched.
+        layers: the names of its layers.
+        begins: called with the arguments when a forward begins that is inside of no other.
         failed: what is done with an error of the hooks.
         sequences: whether the tokens' sequences are wanted.
+        active: whether anything is to be seen now.
     """
 
-    def __init__(self, model: nn.Module, begins: Callable[[], None], failed: Failed, sequences: bool = False) -> None:
-        self._begins, self._sequences = begins, sequences
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        begins: Callable[[Mapping[str, Any]], None],
+        failed: Failed,
+        *,
+        sequences: bool = False,
+        active: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._begins, self._sequences, self._active = begins, sequences, active
+        names = {part for name, _ in model.named_modules() for part in name.split(".")}
+        self._two_sides = {"encoder", "decoder"} <= names
         self._given: dict[str, Tensor | None] = {}
-        self._running: Tokens | None = None
+        self._running: list[Tokens] = []
         self._latest: Tokens | None = None
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self._before, failed), with_kwargs=True),
-            model.register_forward_hook(Hook(self._after, failed), always_call=True),
-        ]
+        self._handles = []
+        self._names: dict[nn.Module, list[str]] = {}
+        for module in _around(model, layers):
+            self._names[module] = [
+                name for name, parameter in _signature(module).items() if parameter.kind in _BY_POSITION
+            ]
+            self._handles += [
+                module.register_forward_pre_hook(Hook(self._before, failed), with_kwargs=True),
+                module.register_forward_hook(Hook(self._after, failed), always_call=True),
+            ]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -93,45 +127,85 @@ class TokenTap:
     @contextmanager
     def given(self, **tokens: Tensor | None) -> Iterator[None]:
         """Say what the tokens of the forwards inside are: ``mask``, ``segments``, ``domains``."""
-        before, self._given = self._given, tokens
+        before, self._given = self._given, {name: value for name, value in tokens.items() if value is not None}
         try:
             yield
         finally:
             self._given = before
 
+    @property
+    def trained(self) -> bool:
+        """Whether the running forward leaves a graph (inside of reentrant checkpointing it does not seem to)."""
+        return self._running[0].trained if self._running else torch.is_grad_enabled()
+
     def of_layer(self, layer: str, tokens: int, recomputed: bool) -> dict[str, Tensor | None]:
-        """Return what is known of a layer's tokens, see ``Tokens.of_layer``.
+        """Return ``mask``, ``domains`` and ``sequences`` (T,), as far as they are known, for the tokens of a layer.
 
         Args:
             layer: its name.
             tokens: T.
             recomputed: inside the backward pass; then it is the latest forward that is computed again.
+
+        Raises:
+            ValueError: a mask, segments or domains for another number of tokens.
         """
-        known = self._latest if recomputed else self._running
+        known = self._latest if recomputed else self._running[-1] if self._running else None
         if known is None:
-            known = Tokens(**self._given)  # type: ignore[arg-type]
-        return known.of_layer(layer, tokens)
+            known = replace(Tokens(), **self._given)  # type: ignore[arg-type]
+        decoder = self._two_sides and "decoder" in layer.split(".")
+        return known.of_decoder(tokens) if decoder else known.of_encoder(tokens)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing():
             return
-        mask = _matrix(kwargs.get("attention_mask"))
-        segments = _matrix(kwargs.get("segment_ids"))
+        names = self._names[module]
+        # Positions beyond the names (*args) keep numbers for names: their shapes may be wanted.
+        by_position = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
+        arguments = by_position | kwargs
+        if not self._running and self._active():
+            self._begins(arguments)
+        outer = self._running[-1] if self._running else Tokens(trained=torch.is_grad_enabled())
+        # What the caller gave outranks what the model's arguments say.
+        tokens = replace(outer, **(self._found(arguments, outer) | self._given))
+        self._running.append(tokens)
+        if tokens.trained and module.training and self._active():
+            self._latest = tokens
+
+    def _found(self, arguments: Mapping[str, Any], outer: Tokens) -> dict[str, Any]:
+        mask, segments = _matrix(arguments.get("attention_mask")), _matrix(arguments.get("segment_ids"))
         if segments is None and mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
             segments = mask
+        decoder_mask = _matrix(arguments.get("decoder_attention_mask"))
         found = {
             "mask": None if mask is None else mask > 0,
-            "decoder_mask": _truth(kwargs.get("decoder_attention_mask")),
+            "decoder_mask": None if decoder_mask is None else decoder_mask > 0,
             "segments": segments,
-            "shape": _input_shape(args, kwargs) if self._sequences else None,
+            "shape": _input_shape(arguments.values()) if self._sequences and outer.shape is None else None,
         }
-        given = {name: value for name, value in self._given.items() if value is not None}
-        self._running = self._latest = Tokens(**(found | given))  # type: ignore[arg-type]
-        self._begins()
+        return {name: value for name, value in found.items() if value is not None}
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not recomputing():
-            self._running = None
+        if not recomputing() and self._running:
+            self._running.pop()
+
+
+def _around(model: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
+    """Return the model, and those modules around its layers whose forward takes one of ``ARGUMENTS``."""
+    found = {id(model): model}
+    for layer in layers:
+        parts = layer.split(".")
+        for end in range(1, len(parts)):
+            module = model.get_submodule(".".join(parts[:end]))
+            if set(ARGUMENTS) & set(_signature(module)):
+                found.setdefault(id(module), module)
+    return list(found.values())
+
+
+def _signature(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # a forward without a Python signature
+        return {}
 
 
 def _matrix(mask: Any) -> Tensor | None:
@@ -139,13 +213,8 @@ def _matrix(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _truth(mask: Any) -> Tensor | None:
-    matrix = _matrix(mask)
-    return None if matrix is None else matrix > 0
-
-
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    for value in (*args, *kwargs.values()):
+def _input_shape(arguments: Iterable[Any]) -> tuple[int, int] | None:
+    for value in arguments:
         if isinstance(value, Tensor) and value.ndim in (2, 3):  # ids (B, L) or embeddings (B, L, D), no images
             return value.shape[0], value.shape[1]
     return None

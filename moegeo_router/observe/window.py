@@ -49,7 +49,8 @@ class Window:
     def close(self, failed: bool) -> RoutingStatistics:
         """End the step: return its sums, reduced over ranks, on their device. With ranks, all must call it."""
         device = next((sums.p.device for sums in self._sums.values()), None)
-        complete = RoutingStatistics.zeros(self.experts.items(), device, self._num_domains)
+        # Recorded layers may come in another order on every rank.
+        complete = RoutingStatistics.zeros(sorted(self.experts.items()), device, self._num_domains)
         for layer, sums in self._sums.items():
             complete.add(layer, sums)
         complete.failures += failed
@@ -81,6 +82,11 @@ class Window:
             if event.query():
                 self._arrive(reduced, host)
         return self._arrived
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The layers in the order in which they came up."""
+        return tuple(self.experts)
 
     def forget(self) -> None:
         """Drop what was collected."""

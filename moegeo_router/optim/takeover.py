@@ -32,7 +32,8 @@ class RouterSteps:
     master.
 
     Args:
-        sites: routers whose weights are on a manifold of this library and require a gradient.
+        sites: routers whose weights are on a manifold of this library; one that is frozen stays where it is while it
+            is.
         optimizers: those that hold the weights.
         scale: factor on the learning rate.
         before: called before a step of the last of the optimizers, with all gradients in place.
@@ -95,12 +96,16 @@ class RouterSteps:
         places: dict[tuple[object, ...], tuple[int, int]] = {}
         for same in tied.values():
             weight, manifold = same[0].weight, manifold_of(same[0].weight)
+            place = self._place(same[0])
+            if not weight.requires_grad and (manifold is None or place is None):
+                continue  # frozen, and not held by any optimizer that could step it later
+            if place is None:
+                raise ValueError(f"the weight of router {same[0].name} is in no optimizer given to attach")
             if manifold is None:
                 raise ValueError(
                     f"router {same[0].name} is on no manifold: call geometrize(model) before attach(model, optimizer), "
                     "or leave its step to the optimizer with GeometryConfig(step=None)"
                 )
-            place = self._place(same[0])
             key = (place, type(manifold), weight.shape, weight.dtype, weight.device)
             alike[key].append(same)
             places[key] = place
@@ -109,13 +114,13 @@ class RouterSteps:
             for key, together in alike.items()
         ]
 
-    def _place(self, site: RouterSite) -> tuple[int, int]:
-        """Return which optimizer and which of its groups holds a router's weight."""
+    def _place(self, site: RouterSite) -> tuple[int, int] | None:
+        """Return which optimizer and which of its groups holds a router's weight, None if none does."""
         for number, optimizer in enumerate(self._optimizers):
             for index, group in enumerate(optimizer.param_groups):
                 if any(parameter is site.weight for parameter in group["params"]):
                     return number, index
-        raise ValueError(f"the weight of router {site.name} is in no optimizer given to attach")
+        return None
 
     def _withhold(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,8 +165,6 @@ class RouterSteps:
 
 
 def _refuse_second(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), RouterSteps) for hook in hooks):
         raise ValueError("the optimizer's router step is taken over already: detach() the other attach first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +24,10 @@ class Experts:
     container: nn.Module
     modules: tuple[nn.Module, ...] = ()
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The container's own parameters, without those of its children."""
+        return list(self.container.parameters(recurse=False))
+
     @property
     def stacked(self) -> bool:
         """Whether the experts are one module with weights (E, …)."""
@@ -30,41 +35,59 @@ class Experts:
 
 
 def block_of(model: nn.Module, site: RouterSite) -> tuple[str, nn.Module] | None:
-    """Return the name and the module of the MoE block a router is in, the nearest ancestor that has a forward.
+    """Return the name and the module of the MoE block a router is in.
 
+    The nearest ancestor that is called and has experts beside the router; where none has, the nearest that is called.
     None where there is no such module: the router is the model, or is called from outside.
     """
-    name = site.name
-    while name:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            return name, module
-    return None
+    called = list(_called_ancestors(model, site))
+    return next((block for block in called if _experts_in(*block, site) is not None), next(iter(called), None))
 
 
 def find_experts(model: nn.Module, site: RouterSite) -> Experts | None:
     """Return the experts beside a router, None where none are found.
 
     They are the first of these in its block: a list (or dict) of E modules in a child whose name contains ``expert``,
-    such a child with parameters (E, …) of at least two dimensions, the block itself with 3-D parameters (E, …).
-    Shared experts are left out.
+    such a child with parameters (E, …) of at least two dimensions, such a child with any parameters, the block itself
+    with 3-D parameters (E, …). Shared experts are left out.
 
     Args:
         model: the model the site was found in.
         site: the router.
     """
     block = block_of(model, site)
-    if block is None:
-        return None
-    name, module = block
+    return None if block is None else _experts_in(*block, site)
+
+
+def _called_ancestors(model: nn.Module, site: RouterSite) -> Iterator[tuple[str, nn.Module]]:
+    name = site.name
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield name, module
+
+
+def _experts_in(name: str, module: nn.Module, site: RouterSite) -> Experts | None:
     prefix = f"{name}." if name else ""
+    opaque = None
     for child_name, child in module.named_children():
-        if "expert" not in child_name.lower() or "shared" in child_name.lower() or child is site.module:
+        if "expert" not in child_name.lower() or "shared" in child_name.lower():
+            continue
+        if child is site.module or site.name.startswith(f"{prefix}{child_name}."):
             continue
         found = _experts(f"{prefix}{child_name}", child, site.num_experts)
         if found is not None:
             return found
+        # Their weights are laid out in a way of their own; what they are called with can be seen.
+        if (
+            opaque is None
+            and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+            and any(True for _ in child.parameters())
+        ):
+            opaque = Experts(name=f"{prefix}{child_name}", container=child)
+    if opaque is not None:
+        return opaque
     own = [p for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[0] == site.num_experts]
     return Experts(name=name, container=module) if own else None
 

@@ -109,11 +109,11 @@ def test_domains_by_token_and_by_row():
 
 def test_numbers_of_sequences():
     segments = torch.tensor([[1, 1, 2], [1, 2, 2]])
-    found = Tokens(segments=segments, shape=(2, 3)).of_layer("a", 6)
+    found = Tokens(segments=segments, shape=(2, 3)).of_encoder(6)
     assert found["mask"].tolist() == [True] * 6
     assert len(found["sequences"].unique()) == 4
-    assert Tokens(shape=(2, 3)).of_layer("a", 6)["sequences"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert Tokens(shape=(2, 4)).of_layer("a", 6)["sequences"] is None  # an image's channels, say
+    assert Tokens(shape=(2, 3)).of_encoder(6)["sequences"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert Tokens(shape=(2, 4)).of_encoder(6)["sequences"] is None  # an image's channels, say
 
 
 @pytest.mark.parametrize("values", [torch.zeros(2, 3), torch.zeros(4), torch.zeros(0)])

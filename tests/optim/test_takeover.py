@@ -420,14 +420,18 @@ def test_mistakes_are_one_clear_error_and_leave_nothing_behind():
     model = converted()
     with pytest.raises(ValueError, match=r"router blocks\.0\.gate is in no optimizer given to attach"):
         take_over(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"must be a torch\.optim\.Optimizer, got dict"):
+    with pytest.raises(ValueError, match=r"must be a torch\.optim\.Optimizer or a list of them, got 'dict'"):
         take_over(model, [{}])
     assert not hooks(plain)
     assert not hooks(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     take_over(model, optimizer)
-    with pytest.raises(ValueError, match="taken over already"):
+    with pytest.raises(ValueError, match=r"router blocks\.0\.gate is watched already: detach"):
         take_over(model, optimizer)
+    with pytest.raises(ValueError, match="taken over already"):
+        take_over(model, optimizer, hooks=False)
+    with pytest.raises(ValueError, match="one of them is given twice"):
+        take_over(converted(), [optimizer, optimizer])
     replaced = converted()
     optimizer = torch.optim.SGD(replaced.parameters(), lr=0.1)
     take_over(replaced, optimizer)

@@ -1,0 +1,97 @@
+"""What is said, once, about what a layer shows or does not show."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import GeometryConfig
+from ..routers.gating import ScoreFunction, routing_probabilities
+from .forward import LayerForward, rows
+
+#: Why a router that has a gradient was not seen.
+UNSEEN = (
+    "no training forward of theirs was seen (the model in eval mode? attached after the first compiled call, or "
+    "another model of its class was compiled before: torch.compiler.reset()? a weight used without calling its module?)"
+)
+
+
+class Findings:
+    """Warns of what is missing or suspicious, each kind once.
+
+    Args:
+        config: of the ``attach``.
+
+    Attributes:
+        seen: the layers of which a forward pass was ever seen.
+    """
+
+    def __init__(self, config: GeometryConfig) -> None:
+        self._config = config
+        self.seen: set[str] = set()
+        self._looked_at: set[str] = set()
+        self._said: set[str] = set()
+
+    def of(self, seen: LayerForward) -> None:
+        """Look at the first forward pass of a layer, as it shows itself."""
+        self.seen.add(seen.layer)
+        if seen.layer in self._looked_at or not seen.size:
+            return
+        self._looked_at.add(seen.layer)
+        if seen.ids is not None and seen.gates is not None and seen.num_experts > 1:
+            gates_TK = rows(seen.gates.detach()).float()
+            self._constant_gates(seen.layer, gates_TK)
+            self._scores(seen, gates_TK)
+
+    def missing(self, seen: LayerForward) -> None:
+        """Say what a layer does not show and what that disables."""
+        outputs = self._config.fisher == "outputs"
+        if seen.ids is None:
+            hint = " (GeometryConfig(top_k=...) takes the k largest)"
+            so = "no load metrics" + (", no FHS by outputs" if outputs else "")
+            self._say("ids", f"layer {seen.layer} shows logits, not the experts chosen: {so}{hint}")
+        elif outputs and seen.gates is None:
+            why = "no FHS by outputs (fisher='parameters' needs none)"
+            self._say("gates", f"layer {seen.layer} shows the experts chosen, not their gates: {why}")
+        elif outputs and seen.output is None:
+            self._say("output", f"layer {seen.layer} has no block whose output was seen: no FHS by outputs")
+
+    def unseen(self, layers: Sequence[str]) -> None:
+        """Say that routers were trained without being seen."""
+        if layers:
+            self._say("unseen", f"the routers {', '.join(layers)} have gradients, but {UNSEEN}")
+
+    def _constant_gates(self, layer: str, gates_TK: Tensor) -> None:
+        if gates_TK.shape[-1] == 1 and bool(torch.all(gates_TK == 1)):
+            self._say(
+                "constant gates",
+                f"layer {layer}: top-1 gates that are renormalised are exactly 1, so the loss gives the router no "
+                "gradient: weigh the chosen expert by its probability",
+            )
+
+    def _scores(self, seen: LayerForward, gates_TK: Tensor) -> None:
+        """Compare the gates with what the score function makes of the logits: only their ratios, whatever the scale."""
+        assert seen.ids is not None
+        other: ScoreFunction = "sigmoid" if self._config.scores == "softmax" else "softmax"
+        if gates_TK.shape[-1] == 1:
+            return
+        share_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+
+        def misfit(scores: ScoreFunction) -> float:
+            p_TK = routing_probabilities(rows(seen.logits.detach()), scores).gather(-1, rows(seen.ids).long())  # type: ignore[arg-type]
+            return float((p_TK / p_TK.sum(dim=-1, keepdim=True) - share_TK).abs().nanmean())
+
+        if misfit(self._config.scores) > 0.02 and misfit(other) < 0.005:
+            self._say(
+                "scores",
+                f"layer {seen.layer}: the gates are {other} scores of the logits, not {self._config.scores} ones: set "
+                f"GeometryConfig(scores={other!r})",
+            )
+
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, stacklevel=6)

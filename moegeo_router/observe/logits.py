@@ -1,0 +1,88 @@
+"""Finding the logits among what a router returns.
+
+Shape legend: T tokens (any leading dimensions), E experts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..routers.find import RouterSite
+from ..routers.router import GeometricRouter
+
+
+class LogitsFinder:
+    """Says which output of a router is its logits; where none is, computes them.
+
+    Args:
+        site: the router.
+
+    Attributes:
+        projected: what the linear layer inside of the router has returned, where there is one.
+    """
+
+    def __init__(self, site: RouterSite) -> None:
+        self._site = site
+        self._which: int | None = None  # of the candidates; -1: computed
+        self._is_linear = type(site.module).forward in (nn.Linear.forward, GeometricRouter.forward)
+        self.projected: Tensor | None = None
+
+    def find(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Tensor:
+        """Return the logits (..., E) of a call.
+
+        Args:
+            outputs: the tensors that the router returned.
+            inputs: what it was called with.
+
+        Raises:
+            ValueError: no output could be logits, and they cannot be computed.
+        """
+        projected, self.projected = self.projected, None
+        experts = self._site.num_experts
+        found = [t for t in outputs if t.is_floating_point() and t.ndim and t.shape[-1] == experts]
+        if self._is_linear and found:
+            return found[0]
+        if not found and projected is None:
+            shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in outputs) or "no tensor"
+            raise ValueError(f"router {self._site.name} returned no logits (..., {experts}): {shapes}")
+        if self._which is None:
+            with torch.no_grad():
+                self._which = self._choose(found, self._computed(inputs, projected))
+        if self._which >= 0:
+            return found[self._which]
+        logits = self._computed(inputs, projected)
+        if logits is None:
+            raise ValueError(f"router {self._site.name} returned scores, and its input (..., D) was not seen")
+        return logits
+
+    def _choose(self, found: Sequence[Tensor], computed: Tensor | None) -> int:
+        """Return which candidate is the logits, -1 if none is."""
+        if computed is None:
+            plausible = [i for i, t in enumerate(found) if not _looks_like_scores(t)]
+            return (plausible or [0])[0]
+        z_TE = computed.float().reshape(-1, computed.shape[-1])
+        distances = [float((t.float().reshape(z_TE.shape) - z_TE).abs().mean()) for t in found]
+        order = sorted(range(len(found)), key=distances.__getitem__)
+        if order and distances[order[0]] <= 0.1 * float(z_TE.abs().mean()) + 1e-6:
+            return order[0]
+        # Scaled, biased or otherwise changed logits are logits; scores of them are not.
+        return next((i for i in order if not _looks_like_scores(found[i])), -1)
+
+    def _computed(self, inputs: Sequence[Any], projected: Tensor | None) -> Tensor | None:
+        if projected is not None:
+            return projected
+        for x in inputs:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.shape[-1] == self._site.in_features:
+                bias = getattr(self._site.projection, "bias", None)
+                return F.linear(x, self._site.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return None
+
+
+def _looks_like_scores(t: Tensor) -> bool:
+    """Whether all values are in [0, 1], as probabilities and sigmoid scores are."""
+    return bool(((t >= 0) & (t <= 1)).all())
