@@ -155,6 +155,7 @@ def test_as_the_whole_batch_in_plain_autograd(block, options, side, micro, injec
 
 # The compiler itself reads .grad of intermediate tensors where it breaks the graph at a hook.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inject", [False, True], ids=["loss()", "inject"])
 def test_compiled(inject, backend):
