@@ -11,49 +11,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import moegeo_router as mg
-
-D, E, K = 8, 4, 2
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(D, E, bias=False)
-        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gating = mg.topk_gating(self.gate(x), K)
-        out = x
-        for e, expert in enumerate(self.experts):
-            weight = torch.where(gating.ids == e, gating.weights, 0).sum(-1, keepdim=True)
-            out = out + weight.to(x) * expert(x)
-        return out
+from tests.support import moe
+from tests.support.moe import D, E, K, L, LinearGateBlock, Model
 
 
-class Model(nn.Module):
-    """Two MoE blocks on (B, L, D) inputs, with or without activation checkpointing."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-def build(**options: object) -> Model:
-    torch.manual_seed(0)
-    return Model(**options)
+def build(reentrant: bool | None = None) -> Model:
+    return moe.build(LinearGateBlock, reentrant)
 
 
 def inputs(seed: int = 1, rows: int = 6) -> Tensor:
-    return torch.randn(rows, 5, D, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, L, D, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def watch(model: nn.Module, **options: object) -> mg.Geometry:

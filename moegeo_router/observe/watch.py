@@ -66,11 +66,9 @@ class Watch:
         self._tapped = {site.name for site in self._sites}
         self.window = Window(config.num_domains, config.group)
         self.window.experts = {site.name: site.num_experts for site in self._sites}
-        active = lambda: not self._paused  # noqa: E731
-        self._tokens = TokenTap(
-            model, self._tapped, on_begin, partial(self._fail, "the model"), sequences=sequences, active=active
-        )
-        self._taps = taps_of(model, self._sites, self._tokens, self._observe, self._fail, active, join)
+        failed = partial(self._fail, "the model")
+        self._tokens = TokenTap(model, self._tapped, on_begin, failed, sequences=sequences, active=self._is_active)
+        self._taps = taps_of(model, self._sites, self._tokens, self._observe, self._fail, self._is_active, join)
         self._estimators: dict[str, TraceEstimator] = {}
         try:
             for tap in self._taps:
@@ -162,6 +160,9 @@ class Watch:
         for estimator in self._estimators.values():
             estimator.remove()
         self._taps = []
+
+    def _is_active(self) -> bool:
+        return not self._paused
 
     def _estimator(self, layer: str, tap: LayerTap | None) -> TraceEstimator:
         return estimator_of(tap, self._config, partial(self._add_traces, layer), partial(self._fail, layer))
