@@ -155,7 +155,7 @@ class TopKRouter(nn.Module):
 @pytest.mark.filterwarnings("ignore:layer router .* no FHS by outputs:UserWarning")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (3, 0, 2), (1, 3, 2, 0)])
 def test_outputs_are_told_apart_by_what_they_are(order):
-    router, x = TopKRouter(order), inputs()
+    router, x = TopKRouter(order).double(), inputs()
     geometry = watch(nn.ModuleDict({"router": router}), top_k=None)
     router(x)
     logits = (x @ router.weight.T).detach()
