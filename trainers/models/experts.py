@@ -6,13 +6,23 @@ C rows an expert is padded to, D width, F hidden width of one expert.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+class Stacks(NamedTuple):
+    """The weights of E experts: ``gate`` (E, D, F), ``up`` (E, D, F), ``down`` (E, F, D); of one, without E."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
 ExpertFunction = Callable[..., Tensor]
-"""(x_TD, weights_TK, ids_TK, w_gate_EDF, w_up_EDF, w_down_EFD, tap=None) -> y_TD"""
+"""(x_TD, weights_TK, ids_TK, stacks, tap=None) -> y_TD"""
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(rows (..., n, D), weights (..., D, F)) -> (..., n, F)"""
@@ -21,86 +31,58 @@ Tap = Callable[[Tensor, Tensor, int | Tensor], None]
 """(rows (..., D), their products (..., F), the expert of each row: a number, or integers broadcast against the rows)"""
 
 
-def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, product: Product = torch.matmul) -> Tensor:
-    """One expert, ``(silu(x w_gate) ⊙ (x w_up)) w_down``; leading dimensions are batched as in torch.matmul.
+def swiglu(x: Tensor, stacks: Stacks, product: Product = torch.matmul) -> Tensor:
+    """One expert, ``(silu(x gate) ⊙ (x up)) down``; leading dimensions are batched as in torch.matmul.
 
     Args:
         x: (..., n, D) rows.
-        w_gate: (..., D, F).
-        w_up: (..., D, F).
-        w_down: (..., F, D).
+        stacks: the expert's weights, or those of as many experts as there are batches of rows.
         product: how rows meet weights.
 
     Returns:
         (..., n, D).
     """
-    return product(F.silu(product(x, w_gate)) * product(x, w_up), w_down)
+    return product(F.silu(product(x, stacks.gate)) * product(x, stacks.up), stacks.down)
 
 
-def loop(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    tap: Tap | None = None,
-) -> Tensor:
+def loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacks: Stacks, tap: Tap | None = None) -> Tensor:
     """The definition, ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``, one expert after the other.
 
     Args:
         x_TD: tokens.
         weights_TK: gates, float32.
         ids_TK: int64 chosen experts, in [0, E).
-        w_gate: (E, D, F).
-        w_up: (E, D, F).
-        w_down: (E, F, D).
+        stacks: the experts' weights.
         tap: called after every product with weights of the experts.
 
     Returns:
         y_TD in x's dtype, summed in float32 (float64 for float64 tokens).
     """
     y_TD = torch.zeros(x_TD.shape, dtype=_sum_dtype(x_TD), device=x_TD.device)
-    for expert in range(w_gate.shape[0]):
+    for expert in range(len(stacks.gate)):
         rows, slots = (ids_TK == expert).nonzero(as_tuple=True)
         product = _tapped(torch.matmul, tap, expert)
-        y = swiglu(x_TD.index_select(0, rows), w_gate[expert], w_up[expert], w_down[expert], product)
+        y = swiglu(x_TD.index_select(0, rows), Stacks(*(w[expert] for w in stacks)), product)
         y_TD.index_add_(0, rows, _weighted(y, weights_TK[rows, slots], y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
-def split(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    tap: Tap | None = None,
-) -> Tensor:
+def split(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacks: Stacks, tap: Tap | None = None) -> Tensor:
     """``loop`` over tokens sorted by expert: one gather, one scatter, contiguous slices between.
 
     The fastest on a CPU, where torch's grouped product is itself a loop over groups: here an expert's rows stay
     in the cache through its three products. Reads the counts back to the host, which would stall an accelerator.
     Arguments and result as in ``loop``.
     """
-    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
+    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, len(stacks.gate))
     slices = x_TD.index_select(0, rows_N).split(counts_E.tolist())
     # unbind, not indexing: the backward of w[e] writes a whole (E, D, F) gradient for every expert.
-    experts = zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind(), strict=True)
-    y_ND = torch.cat([swiglu(*expert, _tapped(torch.matmul, tap, e)) for e, expert in enumerate(experts)])
+    experts = zip(slices, map(Stacks._make, zip(*(w.unbind() for w in stacks), strict=True)), strict=True)
+    y_ND = torch.cat([swiglu(x, w, _tapped(torch.matmul, tap, e)) for e, (x, w) in enumerate(experts)])
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def grouped(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    tap: Tap | None = None,
-) -> Tensor:
+def grouped(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacks: Stacks, tap: Tap | None = None) -> Tensor:
     """``loop`` as three grouped products (``torch.nn.functional.grouped_mm``) over tokens sorted by expert.
 
     Never reads back to the host; no token is padded or dropped. Arguments and result as in ``loop``.
@@ -108,33 +90,25 @@ def grouped(
     Raises:
         ValueError: a dtype or a width that torch's grouped product does not take.
     """
-    if not _grouped_mm_takes(x_TD, w_gate):
+    if not _grouped_mm_takes(x_TD, stacks.gate):
         raise ValueError(
             "experts='grouped' needs float32, bfloat16 or float16 and dim and hidden of whole 16 bytes, "
-            f"got {x_TD.dtype}, dim {w_gate.shape[1]} and hidden {w_gate.shape[2]}"
+            f"got {x_TD.dtype}, dim {stacks.gate.shape[1]} and hidden {stacks.gate.shape[2]}"
         )
-    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, w_gate.shape[0])
+    order_N, rows_N, counts_E = _sort_by_expert(ids_TK, len(stacks.gate))
     product: Product = partial(F.grouped_mm, offs=counts_E.cumsum(0).to(torch.int32))
     if tap is not None:
         product = _tapped(product, tap, ids_TK.reshape(-1).index_select(0, order_N))
-    y_ND = swiglu(x_TD.index_select(0, rows_N), w_gate, w_up, w_down, product)
+    y_ND = swiglu(x_TD.index_select(0, rows_N), stacks, product)
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def batched(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    tap: Tap | None = None,
-) -> Tensor:
+def batched(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacks: Stacks, tap: Tap | None = None) -> Tensor:
     """``loop`` as three batched products: each expert padded to the fullest one, no token dropped.
 
     Works for every dtype and device; wasteful when the load is skewed. Arguments and result as in ``loop``.
     """
-    num_experts, dim = w_gate.shape[:2]
+    num_experts, dim = stacks.gate.shape[:2]
     order_N, rows_N, counts_E = _sort_by_expert(ids_TK, num_experts)
     capacity = int(counts_E.max())
     expert_N = ids_TK.reshape(-1).index_select(0, order_N)
@@ -146,28 +120,20 @@ def batched(
     if tap is not None:
         # Padding rows are 0, and so are their gradients: a tap need not be told which they are.
         product = _tapped(product, tap, torch.arange(num_experts, device=x_TD.device).unsqueeze(-1))
-    y_ECD = swiglu(x_ECD.view(num_experts, capacity, dim), w_gate, w_up, w_down, product)
+    y_ECD = swiglu(x_ECD.view(num_experts, capacity, dim), stacks, product)
     y_ND = y_ECD.reshape(-1, dim).index_select(0, cell_N)
     return _combine(y_ND, x_TD, weights_TK, order_N, rows_N)
 
 
-def auto(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    tap: Tap | None = None,
-) -> Tensor:
+def auto(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacks: Stacks, tap: Tap | None = None) -> Tensor:
     """The fastest of the others for this device, dtype and width. Arguments and result as in ``loop``."""
     if x_TD.device.type == "cpu":
         function = split
-    elif x_TD.dtype is torch.bfloat16 and _grouped_mm_takes(x_TD, w_gate):
+    elif x_TD.dtype is torch.bfloat16 and _grouped_mm_takes(x_TD, stacks.gate):
         function = grouped
     else:
         function = batched
-    return function(x_TD, weights_TK, ids_TK, w_gate, w_up, w_down, tap)
+    return function(x_TD, weights_TK, ids_TK, stacks, tap)
 
 
 class SwiGLUExperts(nn.Module):
@@ -225,8 +191,8 @@ class SwiGLUExperts(nn.Module):
         if torch.is_autocast_enabled(device):
             # grouped_mm is not on autocast's list, and slices of a weight miss its cache: cast once, here.
             dtype = torch.get_autocast_dtype(device)
-        weights = (w.to(dtype) for w in (self.w_gate, self.w_up, self.w_down))
-        return self._function(x_TD.to(dtype), weights_TK, ids_TK, *weights, self.fisher_tap).to(x_TD.dtype)
+        stacks = Stacks(self.w_gate.to(dtype), self.w_up.to(dtype), self.w_down.to(dtype))
+        return self._function(x_TD.to(dtype), weights_TK, ids_TK, stacks, self.fisher_tap).to(x_TD.dtype)
 
 
 def _tapped(product: Product, tap: Tap | None, experts: int | Tensor) -> Product:

@@ -39,23 +39,23 @@ def _inputs(tokens: int, num_experts: int, top_k: int, how: str, dtype: torch.dt
     return [x, weights, ids, w_gate, w_up, normal(num_experts, HIDDEN, DIM)]
 
 
-def _oracle(x: Tensor, weights: Tensor, ids: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def _oracle(x: Tensor, weights: Tensor, ids: Tensor, stacks: E.Stacks) -> Tensor:
     """One token, one expert, one matrix-vector product at a time."""
     rows = []
     for t in range(x.shape[0]):
         row = torch.zeros_like(x[t])
         for k in range(ids.shape[1]):
             e = int(ids[t, k])
-            gate = w_gate[e].T @ x[t]
-            hidden = gate / (1 + torch.exp(-gate)) * (w_up[e].T @ x[t])
-            row = row + weights[t, k] * (w_down[e].T @ hidden)
+            gate = stacks.gate[e].T @ x[t]
+            hidden = gate / (1 + torch.exp(-gate)) * (stacks.up[e].T @ x[t])
+            row = row + weights[t, k] * (stacks.down[e].T @ hidden)
         rows.append(row)
     return torch.stack(rows) if rows else x * 1
 
 
 def _value_and_gradients(function: E.ExpertFunction, inputs: list[Tensor]) -> list[Tensor]:
     inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
-    y = function(*inputs)
+    y = function(*inputs[:3], E.Stacks(*inputs[3:]))
     # A different factor for every entry: an error in one row or column cannot cancel in the sum.
     factors = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
     wanted = [t for t in inputs if t.is_floating_point()]
@@ -88,10 +88,10 @@ def test_values_and_all_gradients_in_float32(function, case):
 @pytest.mark.parametrize("function", [E.loop, *FAST], ids=lambda f: f.__name__)
 def test_bfloat16_tokens_keep_their_dtype_and_accuracy(function):
     inputs = _inputs(40, 5, 2, "random", torch.float64)
-    exact = _oracle(*inputs)
+    exact = _oracle(*inputs[:3], E.Stacks(*inputs[3:]))
     low = [t.bfloat16() if t.is_floating_point() else t for t in inputs]
     low[1] = inputs[1].float()  # the gates stay in float32
-    y = function(*low)
+    y = function(*low[:3], E.Stacks(*low[3:]))
     assert y.dtype is torch.bfloat16
     assert (y.double() - exact).norm() / exact.norm() < 0.01
 
@@ -104,7 +104,7 @@ def test_sum_over_experts_is_not_rounded_to_bfloat16(function):
     one = torch.zeros(2, 8, 8, dtype=torch.bfloat16)
     one[:, 0, 0] = 1.0
     weights = torch.tensor([[256.9 / 1024, 0.2 / 1024]])
-    y = function(x, weights, torch.tensor([[0, 1]]), 4 * one, one, one)  # silu(64) · 16 = 1024
+    y = function(x, weights, torch.tensor([[0, 1]]), E.Stacks(4 * one, one, one))  # silu(64) · 16 = 1024
     assert y[0, 0].item() == 258.0
 
 
@@ -133,7 +133,7 @@ def test_module_hands_the_right_weight_to_the_right_place():
     with torch.no_grad():
         for parameter, value in zip((layer.w_gate, layer.w_up, layer.w_down), inputs[3:], strict=True):
             parameter.copy_(value)
-    torch.testing.assert_close(layer(*inputs[:3]), _oracle(*inputs))
+    torch.testing.assert_close(layer(*inputs[:3]), _oracle(*inputs[:3], E.Stacks(*inputs[3:])))
 
 
 def test_reset_parameters_scales_the_output_weight_apart():
@@ -179,4 +179,4 @@ def test_auto_takes_the_function_made_for_the_device(monkeypatch, device, dtype,
     for name in ("split", "grouped", "batched"):
         monkeypatch.setattr(E, name, lambda *_, name=name: name)
     x, w = torch.empty(4, DIM, device=device, dtype=dtype), torch.empty(2, DIM, hidden, device=device, dtype=dtype)
-    assert E.auto(x, x, x, w, w, w) == chosen
+    assert E.auto(x, x, x, E.Stacks(w, w, w)) == chosen
