@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moegeo_router as mg
+from moegeo_router.loggers import JSONLLogger, read_jsonl
 from tests.support import moe
 from tests.support.moe import D, E, K, L, LinearGateBlock, Model
 
@@ -234,3 +235,31 @@ def _train_on_a_rank(rank: int, path: str) -> None:
 
 def test_two_ranks_report_the_global_batch(tmp_path):
     mp.spawn(_train_on_a_rank, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_pictures_of_the_load_every_so_many_steps(tmp_path):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weights = mg.Regularizers.none()
+    config = mg.GeometryConfig(top_k=K, step=None, regularizers=weights, pictures_every=2, on_error="raise")
+    geometry, logger = mg.attach(model, optimizer, config), JSONLLogger(tmp_path / "log")
+    for number in range(1, 5):
+        step(model, inputs())
+        optimizer.step()
+        geometry.log_pictures(logger, number)
+    logger.close()
+    rows = read_jsonl(tmp_path / "log")
+    heatmaps = [row for row in rows if row.get("heatmap") == "geometry/load"]
+    assert [row["step"] for row in heatmaps] == [2, 4]
+    with torch.no_grad():
+        h, loads = inputs(), []
+        for block in build().blocks:
+            loads.append(torch.bincount(block.gate(h).topk(K).indices.flatten(), minlength=E) * E / (6 * L * K))
+            h = block(h)
+    assert heatmaps[0]["labels"] == ["layer0", "layer1"]
+    assert heatmaps[0]["rows"] == [pytest.approx(load.tolist()) for load in loads]
+    assert {row["histogram"] for row in rows if "histogram" in row} == {
+        "geometry/load_shares",
+        "geometry/fisher_shares",
+    }
+    assert sum(next(row["counts"] for row in rows if "histogram" in row)) == 2 * E
