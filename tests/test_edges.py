@@ -224,6 +224,16 @@ def test_nothing_that_is_given_is_ignored():
         recorder().record("a", torch.randn(3, E), domains=torch.zeros(3, dtype=torch.long))
 
 
+@pytest.mark.parametrize("fisher", ["parameters", "minibatch"])
+def test_traces_that_a_recorded_layer_cannot_have_are_said(fisher):
+    model = nn.Linear(D, E)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = mg.GeometryConfig(hooks=False, fisher=fisher, step=None, regularizers=mg.Regularizers.none())
+    geometry = mg.attach(model, optimizer, config)
+    with pytest.warns(UserWarning, match=f"layer a is recorded: no FHS by {fisher}"):
+        geometry.record("a", torch.randn(3, E), torch.zeros(3, 1, dtype=torch.long))
+
+
 def test_states_that_do_not_fit():
     def stepped() -> tuple[Model, mg.Geometry]:
         model = build(LinearGateBlock)

@@ -59,6 +59,12 @@ class Findings:
         elif outputs and seen.output is None:
             self._say("output", f"layer {seen.layer} has no block whose output was seen: no FHS by outputs")
 
+    def recorded(self, layer: str) -> None:
+        """Say what cannot be known of a layer that is recorded, not tapped."""
+        if self._config.fisher in ("parameters", "minibatch"):
+            why = "which looks inside the experts of a model with hooks: take fisher='outputs' and record(output=...)"
+            self._say("recorded", f"layer {layer} is recorded: no FHS by {self._config.fisher}, {why}")
+
     def unseen(self, layers: Sequence[str]) -> None:
         """Say that routers were trained without being seen."""
         if layers:

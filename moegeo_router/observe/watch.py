@@ -126,6 +126,7 @@ class Watch:
         if experts != seen.num_experts:
             raise ValueError(f"layer {layer} has {experts} experts, got logits of {seen.num_experts}")
         if layer not in self._estimators:
+            self._findings.recorded(layer)
             self._estimators[layer] = self._estimator(layer, None)
         self._take_in(seen)
 
