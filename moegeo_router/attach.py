@@ -303,13 +303,16 @@ class Geometry:
     def _before_step(self) -> None:
         if self._watch.watching:
             self._regularization.check(self._watch.window.layers, self._watch.never_seen)
-            self._watch.before_step(stepped=self._has_optimizer)
+            with self._watch.guarded("the gradients"):
+                self._watch.before_step(stepped=self._has_optimizer)
 
     def _after_step(self) -> None:
-        reduced = self._watch.close()
-        if reduced is not None:
-            self._reduced = reduced
-            self._watch.window.post(reduced, self._regularization.end_step(reduced))
+        with self._watch.guarded("the sums of a step"):
+            reduced = self._watch.close()
+            if reduced is not None:
+                values = self._regularization.end_step(reduced)
+                self._reduced = reduced
+                self._watch.window.post(reduced, values)
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""

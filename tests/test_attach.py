@@ -7,8 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +14,7 @@ import moegeo_router as mg
 from moegeo_router.loggers import JSONLLogger, read_jsonl
 from tests.support import moe
 from tests.support.moe import D, E, K, L, LinearGateBlock, Model
+from tests.support.ranks import on_two_ranks
 
 
 def build(reentrant: bool | None = None) -> Model:
@@ -222,19 +221,16 @@ def test_compiled_models_give_the_same_numbers():
         assert {key: found[key] for key in expected(x)} == pytest.approx(expected(x), abs=1e-6)
 
 
-def _train_on_a_rank(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _train_on_a_rank(rank: int) -> None:
     model, x = DistributedDataParallel(build()), inputs()
     geometry = watch(model)
     model(x[4 * rank : 4 * rank + 4]).square().mean().backward()  # four rows, then two
     found = geometry.metrics()
     assert {key: found[key] for key in expected(x)} == pytest.approx(expected(x), abs=1e-6)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_report_the_global_batch(tmp_path):
-    mp.spawn(_train_on_a_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    on_two_ranks(_train_on_a_rank, tmp_path)
 
 
 def test_pictures_of_the_load_every_so_many_steps(tmp_path):

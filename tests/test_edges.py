@@ -8,14 +8,13 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import moegeo_router as mg
 from moegeo_router.losses import additive_loss, linearize
 from moegeo_router.observe import LayerForward, LayerStatistics
 from tests.support.moe import D, E, LinearGateBlock, Model, batch, build, padding, token_loss
+from tests.support.ranks import on_two_ranks
 
 Z = mg.Regularizers(fsi=0.0, z=1.0)
 
@@ -281,9 +280,7 @@ def test_an_auxiliary_loss_that_the_call_asks_for():
     model(batch(), output_router_logits=True)  # once
 
 
-def _record(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _record(rank: int) -> None:
     logits = {name: torch.randn(8, E, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
     geometry = recorder(per_layer=True)
     for name in ("ab", "ba")[rank]:
@@ -292,8 +289,7 @@ def _record(rank: int, path: str) -> None:
     for name in "ab":
         expected = float(mg.fsi(logits[name].softmax(-1), normalized=True))
         assert found[f"geometry/{name}/fsi"] == pytest.approx(expected, abs=1e-6)
-    dist.destroy_process_group()
 
 
 def test_ranks_may_record_their_layers_in_any_order(tmp_path):
-    mp.spawn(_record, args=(str(tmp_path / "store"),), nprocs=2)
+    on_two_ranks(_record, tmp_path)

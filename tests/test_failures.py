@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moegeo_router as mg
 from tests.support.moe import L, LinearGateBlock, Model, batch, build, token_loss
+from tests.support.ranks import on_two_ranks
 
 
 def trained(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, geometry: mg.Geometry, **kwargs: Tensor):
@@ -82,6 +82,19 @@ def test_a_model_that_fails_itself_leaves_the_watching_in_order():
     assert found["geometry/fhs"] == pytest.approx(expected["geometry/fhs"])
 
 
+def test_an_error_between_two_steps_does_not_stop_the_run_either(monkeypatch):
+    model = converted()
+    optimizer, geometry = attached(model)
+    trained(model, batch(), optimizer, geometry)
+    # What a device that fails, or a bug of ours, looks like from here.
+    monkeypatch.setattr(geometry._watch.window, "post", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="watching the sums of a step failed and is switched off.*division by zero"):
+        trained(model, batch(), optimizer, geometry)
+    before = model.blocks[0].gate.weight.detach().clone()
+    assert trained(model, batch(), optimizer, geometry) == {}
+    assert not torch.equal(before, model.blocks[0].gate.weight)
+
+
 def test_one_nan_token_is_left_out_and_counted():
     model = converted()
     optimizer, geometry = attached(model, regularizers=mg.Regularizers(fsi=1.0, dispersion=1.0))
@@ -140,9 +153,7 @@ def test_autocast_does_not_reach_the_statistics_or_the_losses():
     assert found[1][1] == pytest.approx(found[0][1], rel=0.05)
 
 
-def _one_rank_fails(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _one_rank_fails(rank: int) -> None:
     model = converted()
     optimizer, geometry = attached(model)
     parallel = DistributedDataParallel(model)
@@ -164,8 +175,7 @@ def _one_rank_fails(rank: int, path: str) -> None:
     gathered = [torch.empty_like(model.blocks[0].gate.weight.data) for _ in range(2)]
     dist.all_gather(gathered, model.blocks[0].gate.weight.data)
     assert torch.equal(*gathered)  # the ranks' routers have stayed together
-    dist.destroy_process_group()
 
 
 def test_all_ranks_stop_watching_together(tmp_path):
-    mp.spawn(_one_rank_fails, args=(str(tmp_path / "store"),), nprocs=2)
+    on_two_ranks(_one_rank_fails, tmp_path)

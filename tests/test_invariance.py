@@ -10,14 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moegeo_router as mg
 from moegeo_router.metrics import dispersion_from_means, fhs_squared, information_from_means
 from tests.support.moe import Block, E, L, LinearGateBlock, Model, batch, build, padding, token_loss
+from tests.support.ranks import on_two_ranks
 
 WEIGHTS = mg.Regularizers(
     fsi=0.3, fsi_target=0.05, fhs=0.2, dispersion=0.7, dispersion_floor=0.9, information=0.4, information_floor=0.9,
@@ -173,16 +172,13 @@ def test_compiled(inject, backend):
     torch.compiler.reset()
 
 
-def _rank(rank: int, path: str, inject: bool, reentrant: bool | None) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _rank(rank: int, inject: bool, reentrant: bool | None) -> None:
     x = batch().detach()[rank::2].requires_grad_()
     mask = padding("right").roll(1, 0)[rank::2] if False else None
     expected = reference(build(), batch(), mask)
     compare(train(DistributedDataParallel(build(reentrant=reentrant)), x, mask, inject), expected)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("inject", "reentrant"), [(False, None), (True, None), (False, False)])
 def test_two_ranks(tmp_path, inject, reentrant):
-    mp.spawn(_rank, args=(str(tmp_path / "store"), inject, reentrant), nprocs=2)
+    on_two_ranks(_rank, tmp_path, inject, reentrant)

@@ -125,6 +125,10 @@ class LayerStatistics:
             **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
 
+    def to(self, device: torch.device | None) -> LayerStatistics:
+        """Return the same sums on another device."""
+        return self if device is None or self.p.device == device else self.unflat(self.flat().to(device))
+
     def with_traces(self, traces: Tensor) -> LayerStatistics:
         """Return the same sums with other Fisher traces (E,)."""
         return replace(self, traces=traces)

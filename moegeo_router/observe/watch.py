@@ -130,6 +130,14 @@ class Watch:
             self._estimators[layer] = self._estimator(layer, None)
         self._take_in(seen)
 
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Do with errors inside what is done with those of the hooks."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(what, error)
+
     def before_step(self, stepped: bool) -> None:
         """Take note of the gradients before the optimizer uses them; say so if a trained router was not seen.
 

@@ -52,7 +52,7 @@ class Window:
         # Recorded layers may come in another order on every rank.
         complete = RoutingStatistics.zeros(sorted(self.experts.items()), device, self._num_domains)
         for layer, sums in self._sums.items():
-            complete.add(layer, sums)
+            complete.add(layer, sums.to(device))  # the layers of a model may be on several
         complete.failures += failed
         self._sums = {}
         return complete.all_reduce(self._group)

@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import moegeo_router as mg
 from moegeo_router.metrics.summary import layer_scalars
 from moegeo_router.observe import LayerStatistics, RoutingStatistics
+from tests.support.ranks import on_two_ranks
 
 E = 6
 
@@ -123,15 +122,12 @@ def _of_rank(rank: int) -> RoutingStatistics:
     return statistics
 
 
-def _reduce(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _reduce(rank: int) -> None:
     reduced = _of_rank(rank).all_reduce()
     for name in ("a", "b"):
         expected = _of_rank(0).layers[name] + _of_rank(1).layers[name]
         torch.testing.assert_close(reduced.layers[name].flat(), expected.flat(), rtol=1e-12, atol=1e-12)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_get_the_sums_of_both(tmp_path):
-    mp.spawn(_reduce, args=(str(tmp_path / "store"),), nprocs=2)
+    on_two_ranks(_reduce, tmp_path)
