@@ -83,6 +83,69 @@ def test_values_and_slopes(name):
     assert float(found.offset) + along == pytest.approx(float(found.value), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        mg.Regularizers(fsi=1.0, fsi_target=0.9),
+        mg.Regularizers(fsi=0.0, dispersion=1.0, dispersion_floor=0.01),
+        mg.Regularizers(fsi=0.0, information=1.0, information_floor=0.01),
+    ],
+)
+def test_hinges_do_nothing_where_they_are_met(weights):
+    found = linearize(weights, statistics(routing()))
+    assert float(found.value) == 0
+    assert not any(bool(slope.any()) for slope in found.slopes)
+
+
+@pytest.mark.parametrize("name", [name for name in ON if name != "fhs"])
+def test_at_the_reference_itself_the_loss_is_the_regularizer(name):
+    seen = routing()
+    reference = linearize(ON[name], statistics(seen))
+    assert float(additive_loss(seen, ON[name], reference).detach()) == pytest.approx(float(reference.value), rel=1e-9)
+
+
+def test_the_value_has_the_balance_whatever_its_scope():
+    sums = statistics(routing())
+    values = [
+        float(linearize(mg.Regularizers(balance=1.0, balance_scope=scope), sums).value)
+        for scope in ("global", "micro_batch", "sequence")
+    ]
+    assert values[0] == values[1] == values[2] > 1
+
+
+def test_means_over_tokens_and_over_tokens_with_gates_are_two():
+    logits = routing().logits.detach()
+    sums = LayerStatistics.of(logits) + statistics(routing(seed=1))
+    means = Means.of(sums)
+    assert float(means.p.sum()) == pytest.approx(1)
+    p = torch.cat([logits.softmax(-1), routing(seed=1).logits.detach().softmax(-1)])
+    torch.testing.assert_close(means.root_p, p.sqrt().mean(0))
+    gates, ids = routing(seed=1).gates.detach(), routing(seed=1).ids
+    torch.testing.assert_close(means.gates_squared, torch.zeros(T, E).double().scatter(1, ids, gates).square().mean(0))
+
+
+def test_ids_of_any_integer_type():
+    seen = routing()
+    weights = mg.Regularizers(fhs=1.0, balance=1.0, balance_scope="micro_batch")
+    reference = linearize(weights, statistics(seen), torch.linspace(0.5, 1.5, E, dtype=torch.float64))
+    narrow = LayerForward(layer="a", logits=seen.logits, ids=seen.ids.to(torch.int32), gates=seen.gates)
+    torch.testing.assert_close(additive_loss(narrow, weights, reference), additive_loss(seen, weights, reference))
+    of_narrow = LayerStatistics.of(seen.logits.detach(), narrow.ids, gates=seen.gates.detach())
+    torch.testing.assert_close(of_narrow.flat(), statistics(seen).flat())
+
+
+def test_nothing_is_rounded_to_half_precision_under_autocast_or_for_bf16_logits():
+    everything = mg.Regularizers(fsi=1, dispersion=1, information=1, balance=1, z=1)
+    logits = routing().logits.detach().bfloat16()
+    exact = LayerForward(layer="a", logits=logits.double(), ids=routing().ids)
+    reference = linearize(everything, statistics(routing(seed=1)))
+    expected = float(additive_loss(exact, everything, reference))
+    low = LayerForward(layer="a", logits=logits, ids=routing().ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = additive_loss(low, everything, reference)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_slopes_of_fhs_are_those_of_its_square():
     seen = routing()
     sums, sensitivity = statistics(seen), torch.linspace(0.5, 1.5, E, dtype=torch.float64)
@@ -230,7 +293,11 @@ def test_no_tokens_is_no_regularizer():
         ({"fsi": -1}, r"regularizers\.fsi must be a weight of at least 0, got -1"),
         ({"z": math.nan}, r"regularizers\.z must be a weight"),
         ({"fsi_target": 1.0}, r"regularizers\.fsi_target must be in \[0, 1\)"),
+        ({"fsi": math.inf}, r"regularizers\.fsi must be a weight"),
         ({"dispersion_floor": 0.0}, r"regularizers\.dispersion_floor must be in \(0, 1\]"),
+        ({"dispersion_floor": 1.1}, r"regularizers\.dispersion_floor must be in \(0, 1\]"),
+        ({"information_floor": 0.0}, r"regularizers\.information_floor must be in \(0, 1\]"),
+        ({"information_floor": 2.0}, r"regularizers\.information_floor must be in \(0, 1\]"),
         ({"balance_scope": "layer"}, r"regularizers\.balance_scope must be one of"),
     ],
 )

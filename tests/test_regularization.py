@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moegeo_router as mg
+from moegeo_router.observe import LayerStatistics
+from moegeo_router.regularization import _sensitivity
 from tests.support.moe import Block, D, E, LinearGateBlock, Model, TopKRouter, batch, build, padding, token_loss
 
 ALL = mg.Regularizers(fsi=1.0, fhs=0.5, dispersion=1.0, information=1.0, balance=0.1, z=0.1)
@@ -264,3 +267,17 @@ def build_like(model: Model) -> Model:
     fresh = build()
     fresh.config = model.config
     return fresh
+
+
+def test_the_running_sensitivity_by_hand():
+    def sums(traces: list[float], squares: list[float]) -> LayerStatistics:
+        zeros = LayerStatistics.zeros(4)
+        return replace(zeros, traces=torch.tensor(traces).double(), gates_squared=torch.tensor(squares).double())
+
+    first = _sensitivity(sums([6.0, 2.0, 0.0, 0.0], [2.0, 1.0, 4.0, 0.0]), None)
+    # Ratios 3, 2, 0 of the experts that were used, over their mean 5/3; the unused one counts as average.
+    torch.testing.assert_close(first, torch.tensor([1.8, 1.2, 0.0, 1.0]).double())
+    second = _sensitivity(sums([0.0, 4.0, 0.0, 4.0], [0.0, 1.0, 0.0, 2.0]), first)
+    expected = [1.8, 0.9 * 1.2 + 0.1 * 4 / 3, 0.0, 0.9 * 1.0 + 0.1 * 2 / 3]
+    torch.testing.assert_close(second, torch.tensor(expected).double())
+    torch.testing.assert_close(_sensitivity(sums([0.0] * 4, [1.0] * 4), second), second)  # no signal, nothing learnt

@@ -74,8 +74,22 @@ def test_masked_tokens_do_not_count_whatever_they_hold():
     torch.testing.assert_close(masked, kept, rtol=1e-12, atol=1e-12)
 
 
+def test_an_expert_that_cannot_be_chosen_breaks_no_token():
+    logits, _ = batch()
+    logits[::2, 0] = -math.inf
+    sums = LayerStatistics.of(logits)
+    p = logits.softmax(-1)
+    assert (float(sums.tokens), float(sums.non_finite)) == (40, 0)
+    torch.testing.assert_close(sums.p, p.sum(0))
+    assert float(sums.entropy) == pytest.approx(float(torch.special.entr(p).sum()))
+    logits[3], logits[5, 1], logits[7, 2] = -math.inf, math.nan, math.inf
+    assert float(LayerStatistics.of(logits).non_finite) == 3
+
+
 def test_sigmoid_scores():
     logits, _ = batch()
+    squares = LayerStatistics.of(logits, scores="sigmoid").z_squared
+    assert float(squares) == pytest.approx(float(logits.logsumexp(-1).square().sum()))
     p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
     torch.testing.assert_close(LayerStatistics.of(logits, scores="sigmoid").p, p.sum(0))
 

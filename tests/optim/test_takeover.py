@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
@@ -11,41 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import moegeo_router as mg
-from moegeo_router.geometry import PolarRows
 from tests.support.moe import D, E, LinearGateBlock, Model, batch, build, token_loss
-
-OFF = mg.Regularizers.none()
-
-
-def converted(seed: int = 0, manifold: str = "polar") -> Model:
-    model = build(LinearGateBlock, seed=seed)
-    mg.geometrize(model, manifold, allow_change=True)
-    return model
-
-
-def take_over(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
-    config = {"top_k": 2, "regularizers": OFF, "on_error": "raise"} | options
-    return mg.attach(model, optimizer, mg.GeometryConfig(**config))
-
-
-def backward(model: nn.Module, seed: int = 1, scale: float = 1.0) -> None:
-    (scale * token_loss(model(batch(seed=seed)))).backward()
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range = range(3)) -> None:
-    for seed in seeds:
-        backward(model, seed)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def routers(model: Model) -> list[Tensor]:
-    return [block.gate.weight for block in model.blocks]
-
-
-def turned(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    """Polar distance that every row of every router went."""
-    return torch.stack([PolarRows().dist(a, b.detach()) for a, b in zip(before, after, strict=True)])
+from tests.support.stepping import backward, converted, routers, take_over, train, turned
 
 
 def test_the_first_step_turns_every_row_by_the_learning_rate_and_leaves_the_rest_to_the_optimizer():
@@ -59,24 +25,6 @@ def test_the_first_step_turns_every_row_by_the_learning_rate_and_leaves_the_rest
     torch.testing.assert_close(turned(before, routers(model)), torch.full((2, E), 0.01 * math.sqrt(D)).double())
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q) == ("gate" not in name)
-
-
-def test_many_steps_are_those_of_geoopts_optimizer_on_the_same_gradients():
-    from geoopt.optim import RiemannianAdam
-
-    ours, theirs = converted(), converted()
-    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01)
-    take_over(ours, optimizer)
-    rest = torch.optim.SGD([p for n, p in theirs.named_parameters() if "gate" not in n], lr=0.01)
-    riemannian = RiemannianAdam(routers(theirs), lr=0.01 * math.sqrt(D), betas=(0.9, 0.999))
-    for seed in range(5):
-        train(ours, optimizer, range(seed, seed + 1))
-        backward(theirs, seed)
-        rest.step()
-        riemannian.step()
-        theirs.zero_grad()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -239,122 +187,6 @@ def test_gradient_scaler(fused, unscale):
     if fused:  # there the skipped step ends a step of the statistics, too: the last one is the same
         assert metrics["geometry/fhs"] == pytest.approx(expected["geometry/fhs"], rel=1e-3)
     assert math.isfinite(metrics["geometry/fhs"])
-
-
-@pytest.mark.parametrize("manifold", ["polar", "sphere", "orthonormal", "euclidean"])
-def test_resumes_bit_for_bit(manifold):
-    def fresh() -> tuple[Model, torch.optim.Optimizer, mg.Geometry]:
-        model = converted(manifold=manifold)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, optimizer, take_over(model, optimizer, regularizers=mg.Regularizers(fsi=1.0, fhs=1.0))
-
-    def run(model: Model, optimizer: torch.optim.Optimizer, geometry: mg.Geometry, seeds: range) -> list[dict]:
-        found = []
-        for seed in seeds:
-            (token_loss(model(batch(seed=seed))) + geometry.loss()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(geometry.metrics())
-        return found
-
-    unbroken = fresh()
-    run(*unbroken, range(3))
-    buffer = io.BytesIO()
-    torch.save([part.state_dict() for part in unbroken], buffer)
-    expected = run(*unbroken, range(3, 6))
-    buffer.seek(0)
-    resumed = fresh()
-    for part, state in zip(resumed, torch.load(buffer, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    assert run(*resumed, range(3, 6)) == expected
-    for p, q in zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_half_precision_weights_have_a_master():
-    model = converted().bfloat16()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-    geometry = take_over(model, optimizer)
-
-    def master() -> Tensor:
-        return geometry.state_dict()["routers"]["blocks.0.gate"]["master"]
-
-    before = master()
-    assert before.dtype == torch.float32
-    for _ in range(20):
-        token_loss(model(batch(seed=0).bfloat16()).float()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moved = PolarRows().dist(before, master())
-    assert (moved > 10 * 1e-5 * math.sqrt(D)).all()  # steps far below bf16's resolution add up
-    weight = routers(model)[0]
-    assert torch.equal(weight, master().to(torch.bfloat16))
-    with torch.no_grad():  # somebody loads other weights: the master follows
-        weight.fill_(0.5)
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.5), atol=0.01, rtol=0)
-
-
-def test_routers_that_differ_are_stepped_each_in_its_own_way():
-    """Two shapes, two groups, and one that gets no gradient in between: as if each were alone."""
-
-    class Routers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.routers = nn.ModuleList(mg.GeometricRouter(D, e, bias=False) for e in (4, 4, 4, 6))
-
-    def run(chosen: tuple[int, ...]) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = Routers().double()
-        weights = [router.weight for router in model.routers]
-        optimizer = torch.optim.SGD([{"params": weights[1:]}, {"params": weights[:1], "lr": 0.02}], lr=0.01)
-        geometry = mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF))
-        for step in range(4):
-            for index in chosen:
-                if (index, step) != (2, 0):  # not used in the first step
-                    x = batch(seed=step)[0]
-                    (model.routers[index](x) ** 2 * (index + 1)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        geometry.detach()
-        return [weight.detach() for weight in weights]
-
-    together, untouched = run((0, 1, 2, 3)), run(())
-    for index in (0, 1, 3):
-        alone = run((index,))
-        torch.testing.assert_close(together[index], alone[index], rtol=1e-12, atol=1e-14)
-        assert not torch.equal(alone[index], untouched[index])
-    assert not torch.equal(together[2], untouched[2])
-
-
-def test_a_router_without_a_gradient_stays_where_it_is_beside_others_that_move():
-    model = converted()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    take_over(model, optimizer)
-    train(model, optimizer)
-    at = routers(model)[0].detach().clone()
-    backward(model)
-    routers(model)[0].grad = None
-    moved = routers(model)[1].detach().clone()
-    optimizer.step()
-    assert torch.equal(routers(model)[0], at)
-    assert not torch.equal(routers(model)[1], moved)
-
-
-def test_zero_rows_start_in_the_direction_of_their_own_router():
-    model = build(LinearGateBlock)
-    for weight in routers(model):
-        weight.data[1] = 0
-    with pytest.warns(UserWarning, match="1 of 4 rows are zero"):
-        mg.geometrize(model)
-    expected = [w.manifold.projx(w.detach().clone())[1] for w in routers(model)]
-    assert not torch.equal(*expected)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    take_over(model, optimizer)
-    train(model, optimizer, range(1))
-    for weight, row in zip(routers(model), expected, strict=True):
-        torch.testing.assert_close(weight.detach()[1], row, rtol=1e-4, atol=1e-6)
 
 
 def test_maximize_goes_the_other_way():
