@@ -281,3 +281,45 @@ def test_the_running_sensitivity_by_hand():
     expected = [1.8, 0.9 * 1.2 + 0.1 * 4 / 3, 0.0, 0.9 * 1.0 + 0.1 * 2 / 3]
     torch.testing.assert_close(second, torch.tensor(expected).double())
     torch.testing.assert_close(_sensitivity(sums([0.0] * 4, [1.0] * 4), second), second)  # no signal, nothing learnt
+
+
+def test_a_frozen_layer_has_no_part_in_the_loss():
+    model = build()
+    optimizer, geometry = attached(model, regularizers=mg.Regularizers(fsi=0.0, z=1.0))
+    model.blocks[0].router.weight.requires_grad_(False)
+    loss = geometry_loss(model, geometry)
+    with torch.no_grad(), geometry.pause():
+        logits = model.blocks[1].router(model.blocks[0](batch()))[0]
+    assert float(loss.detach()) == pytest.approx(float(logits.logsumexp(-1).square().mean()))
+    loss.backward()
+    optimizer.step()
+
+
+def geometry_loss(model: nn.Module, geometry: mg.Geometry) -> Tensor:
+    model(batch())
+    return geometry.loss()
+
+
+def test_a_loss_that_was_added_once_does_not_count_for_the_next_step():
+    model = build()
+    optimizer, geometry = attached(model)
+    (token_loss(model(batch())) + geometry.loss()).backward()
+    optimizer.step()
+    token_loss(model(batch())).backward()
+    with pytest.raises(RuntimeError, match="reached no router"):
+        optimizer.step()
+
+
+def test_what_is_recorded_under_no_grad_is_not_regularized():
+    config = mg.GeometryConfig(hooks=False, fisher=None, top_k=2, regularizers=ALL_BUT_FHS, on_error="raise")
+    geometry = mg.attach(nn.Linear(1, 1), config=config)
+    with torch.no_grad():
+        geometry.record("a", torch.randn(3, E))
+    assert float(geometry.loss()) == 0
+    logits = torch.randn(3, E, requires_grad=True)
+    geometry.record("a", logits)
+    geometry.loss().backward()
+    assert bool(logits.grad.any())
+
+
+ALL_BUT_FHS = replace(ALL, fhs=0.0)
