@@ -15,7 +15,9 @@ from trainers.speed import (
     ModuleListExperts,
     compare_experts,
     compare_router,
+    compare_traces,
     compare_training,
+    compare_watching,
     main,
     measure,
     table,
@@ -120,6 +122,18 @@ def test_both_training_steps_start_from_the_same_loss():
     torch.manual_seed(0)
     comparison = compare_training(torch.device("cpu"), batch_size=1)
     assert comparison.ours()["train/loss"] == pytest.approx(comparison.theirs().item(), abs=1e-5)
+
+
+def test_what_is_watched_is_the_same_training_step():
+    watched = compare_watching(torch.device("cpu"), batch_size=1)
+    found = watched.ours()
+    assert {"geometry/fsi", "geometry/fhs", "geometry/max_violation", "geometry/regularizer"} <= found.keys()
+    assert watched.theirs().isfinite()
+    traces = compare_traces(torch.device("cpu"), batch_size=1)
+    ours, theirs = traces.ours(), traces.theirs()
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
+    assert "geometry/fhs" in ours
+    assert "geometry/fhs" not in theirs
 
 
 def test_command_prints_a_row_for_every_comparison(capsys, monkeypatch):
