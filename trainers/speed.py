@@ -188,6 +188,7 @@ def _training_step(
     device: torch.device, geometry: mg.GeometryConfig, batch_size: int
 ) -> tuple[LanguageModel, Callable[[], object], Batch]:
     """The demo model, a step of it by our trainer, and the batch of that step."""
+    torch.manual_seed(0)
     data = PlantedText(alphabet=255, documents=200, batch_size=batch_size)
     model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), length=data.length)
     trainer = Trainer(
