@@ -217,9 +217,11 @@ def _clean(logits: Tensor) -> tuple[Tensor, Tensor]:
     z_ET = widen(rearrange(logits, "... e -> e (...)")).contiguous()
     # -inf is an expert that cannot be chosen; NaN, inf, or nothing but -inf is a broken token.
     finite_T = z_ET.amax(dim=0).isfinite()
+    weight_T = finite_T.to(z_ET.dtype)
+    if readable(z_ET) and bool(z_ET.isfinite().all()):
+        return weight_T, z_ET
     # One bad token must not spoil the sums of a step, which others read after it.
-    clean_ET = torch.where(finite_T, z_ET, 0).clamp_min(torch.finfo(z_ET.dtype).min)
-    return finite_T.to(z_ET.dtype), clean_ET
+    return weight_T, torch.where(finite_T, z_ET, 0).clamp_min(torch.finfo(z_ET.dtype).min)
 
 
 def _of_tokens(z_ET: Tensor, weight_T: Tensor, scores: ScoreFunction) -> tuple[Tensor, dict[str, Tensor]]:

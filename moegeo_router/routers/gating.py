@@ -42,8 +42,9 @@ def routing_probabilities(logits_TE: Tensor, scores: ScoreFunction = "softmax") 
         ValueError: unknown score function, or no experts.
     """
     if scores == "softmax":
-        _num_experts(logits_TE)
-        return widen(logits_TE).softmax(dim=-1)
+        few = _num_experts(logits_TE) <= 16 and logits_TE.ndim == 2 and logits_TE.device.type == "cpu"
+        # Over a last dimension of a handful of numbers torch's softmax is five times slower than over the first.
+        return widen(logits_TE).T.contiguous().softmax(dim=0).T if few else widen(logits_TE).softmax(dim=-1)
     return _log_scores(logits_TE, scores).softmax(dim=-1)
 
 
