@@ -233,6 +233,16 @@ def test_two_ranks_report_the_global_batch(tmp_path):
     on_two_ranks(_train_on_a_rank, tmp_path)
 
 
+def test_no_pictures_by_default(tmp_path):
+    model = build()
+    geometry, logger = watch(model), JSONLLogger(tmp_path / "log")
+    step(model, inputs())
+    geometry.metrics()
+    geometry.log_pictures(logger, 0)
+    logger.close()
+    assert read_jsonl(tmp_path / "log") == []
+
+
 def test_pictures_of_the_load_every_so_many_steps(tmp_path):
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -272,6 +272,14 @@ def test_an_auxiliary_loss_that_the_call_asks_for():
             return self.model(x)
 
     model = WithConfig()
+    model.config.text_config = type("Config", (), {"router_aux_loss_coef": 0.0})()
+    model.config.output_router_logits = True
+    model.config.aux_loss_coef = 0.0
+    attached(model, regularizers=Z)[1].detach()  # a weight of 0 is none
+    model.config.text_config.router_aux_loss_coef = 0.5
+    with pytest.warns(UserWarning, match=r"router_aux_loss_coef=0\.5"):
+        attached(model, regularizers=Z)[1].detach()
+    model = WithConfig()
     attached(model, regularizers=Z)
     model(batch())
     model(batch(), output_router_logits=False)

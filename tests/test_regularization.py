@@ -323,3 +323,76 @@ def test_what_is_recorded_under_no_grad_is_not_regularized():
 
 
 ALL_BUT_FHS = replace(ALL, fhs=0.0)
+
+
+def test_logits_only_layers_get_ids_and_gates_as_the_configuration_says():
+    """FHS of a layer that shows logits only: its gates are made of them, renormalised or not, softmax or sigmoid."""
+    for scores in ("softmax", "sigmoid"):
+        for renormalize in (False, True):
+            logits = (2 * torch.randn(32, E, dtype=torch.float64)).requires_grad_()
+            config = mg.GeometryConfig(
+                hooks=False, top_k=2, scores=scores, renormalize=renormalize, regularizers=mg.Regularizers(fhs=1.0)
+            )
+            geometry = mg.attach(nn.Linear(1, 1), config=config)
+            gating = mg.topk_gating(logits, 2, scores=scores, renormalize=renormalize)
+            for _ in range(2):
+                output = torch.zeros(32, 3, requires_grad=True) * 1
+                geometry.record("a", logits, output=output)
+                loss = geometry.loss()
+                (loss + (output * torch.arange(32)[:, None]).sum()).backward(retain_graph=True)
+                found, logits.grad = logits.grad, None
+                squares = torch.zeros(32, E).double().scatter(1, gating.ids, gating.weights).square()
+                geometry.step()
+            strength = (squares.detach() * 3 * torch.arange(32)[:, None].double().square()).sum(0)
+            c = strength / squares.detach().sum(0)
+            p = mg.routing_probabilities(logits, scores)
+            regularizer = mg.metrics.fhs_squared(c * squares.mean(0)) + 0.01 * mg.fsi(p).square()
+            (expected,) = torch.autograd.grad(regularizer, logits)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [Block, LinearGateBlock])
+def test_injected_gradients_take_the_dtype_of_the_model(block, dtype):
+    model = build(block).to(dtype)
+    optimizer, _ = attached(model, inject=True, regularizers=mg.Regularizers(fsi=1.0, fhs=0.5), top_k=2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        token_loss(model(batch().detach().to(dtype)).float()).backward()
+        optimizer.step()
+    assert all(p.grad.dtype == dtype and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_gradients_are_injected_into_gates_that_come_from_the_experts_inputs():
+    """The router returns logits, its gates are seen where the experts are called: a hook on them, no identity."""
+
+    class GatingBlock(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(D, E, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gating = mg.topk_gating(self.router(x.reshape(-1, D)), 2, renormalize=False)
+            return x + self.experts(x.reshape(-1, D), gating.ids, gating.weights).view_as(x)
+
+    found = []
+    for inject in (False, True):
+        model = build(GatingBlock)
+        optimizer, geometry = attached(model, inject=inject, regularizers=mg.Regularizers(fsi=0.0, fhs=1.0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = token_loss(model(batch()))
+            (loss if inject else loss + geometry.loss()).backward()
+            found.append(gradients(model))
+            optimizer.step()
+    for ours, theirs in zip(found[1], found[3], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not all(map(torch.equal, found[0], found[1]))  # the regularizer has an effect
+
+
+def test_after_detach_there_is_no_loss():
+    model = build()
+    _, geometry = attached(model, regularizers=mg.Regularizers(z=1.0))
+    model(batch())
+    geometry.detach()
+    assert float(geometry.loss()) == 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moegeo_router as mg
 from moegeo_router.geometry import PolarRows
-from tests.support.moe import D, LinearGateBlock, Model, batch, build, token_loss
+from tests.support.moe import D, E, LinearGateBlock, Model, batch, build, token_loss
 from tests.support.stepping import OFF, backward, converted, routers, take_over, train
 
 
@@ -245,3 +245,32 @@ def test_the_master_of_a_half_precision_weight_is_resumed():
 
     for ours, theirs in zip(run(True), run(False), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_routers_on_different_manifolds_and_of_different_types_are_not_stacked():
+    class Routers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.routers = nn.ModuleList(
+                [
+                    mg.GeometricRouter(D, E, bias=False),
+                    mg.GeometricRouter(D, E, bias=False, manifold="orthonormal"),
+                    mg.GeometricRouter(D, E, bias=False, dtype=torch.bfloat16),
+                ]
+            )
+
+    torch.manual_seed(0)
+    model = Routers()
+    weights = [router.weight for router in model.routers]
+    before = [w.detach().clone() for w in weights]
+    optimizer = torch.optim.SGD(weights, lr=0.01)
+    mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF))
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(
+        PolarRows().dist(before[0], weights[0].detach()), torch.full((E,), 0.01 * math.sqrt(D)), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(weights[1] @ weights[1].T, torch.eye(E), rtol=0, atol=1e-5)
+    assert weights[2].dtype == torch.bfloat16
+    assert not any(map(torch.equal, before, weights))

@@ -230,6 +230,32 @@ def test_step_none_watches_and_leaves_the_step():
         assert torch.equal(p, q)
 
 
+def test_frozen_routers_may_be_in_no_optimizer():
+    model = build(LinearGateBlock)  # not even on a manifold
+    for weight in routers(model):
+        weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    geometry = take_over(model, optimizer)
+    train(model, optimizer)
+    assert geometry.metrics()["geometry/fsi"] > 0
+
+
+def test_the_gradients_are_there_when_a_step_begins_whatever_the_optimizers():
+    """``minibatch`` reads the experts' gradients once a step, before the last optimizer."""
+    model = converted()
+    experts = [p for n, p in model.named_parameters() if "experts" in n]
+    others = [p for n, p in model.named_parameters() if "experts" not in n]
+    first, last = torch.optim.SGD(experts, lr=0.0), torch.optim.SGD(others, lr=0.0)
+    geometry = take_over(model, [first, last], fisher="minibatch", per_expert=True)
+    backward(model)
+    gradients = [sum(float(p.grad.square().sum()) for p in e.parameters()) for e in model.blocks[0].experts]
+    first.step()
+    last.step()
+    shares = [geometry.metrics()[f"geometry/layer0/trace/{e}"] for e in range(E)]
+    assert shares == pytest.approx([g / sum(gradients) for g in gradients])
+    assert len(geometry.state_dict()["routers"]) == 2
+
+
 def test_frozen_routers_are_watched_only():
     model = converted()
     model.blocks[0].gate.weight.requires_grad_(False)
