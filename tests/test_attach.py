@@ -269,3 +269,19 @@ def test_pictures_of_the_load_every_so_many_steps(tmp_path):
         "geometry/fisher_shares",
     }
     assert sum(next(row["counts"] for row in rows if "histogram" in row)) == 2 * E
+
+
+def test_the_velocity_is_from_step_to_step_and_state_is_of_the_last():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = mg.GeometryConfig(top_k=K, step=None, regularizers=mg.Regularizers.none(), on_error="raise")
+    geometry, found = mg.attach(model, optimizer, config), []
+    for seed in (1, 2, 2):
+        step(model, inputs(seed))
+        optimizer.step()
+        found.append(geometry.metrics())
+    assert "geometry/fsi_velocity" not in found[0]
+    assert found[1]["geometry/fsi_velocity"] > 1e-3
+    assert found[2]["geometry/fsi_velocity"] == pytest.approx(0, abs=1e-6)
+    assert geometry.metrics() == found[2]  # asked for again, the same
+    assert float(geometry.state_dict()["sums"][0]) == 6 * L

@@ -313,3 +313,22 @@ def test_what_a_scope_needs_is_said():
     seen = LayerForward(layer="a", logits=torch.zeros(4, 2), ids=torch.zeros(4, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"balance_scope='sequence' needs the sequences"):
         load_balance(seen, seen.logits.softmax(-1), "sequence")
+
+
+def test_a_reference_of_a_collapse_in_double_precision_is_finite_in_single():
+    logits = torch.full((16, E), -300.0, dtype=torch.float64)
+    logits[:, 0] = 300.0
+    weights = mg.Regularizers(fsi=1.0, dispersion=1.0, information=1.0)
+    reference = linearize(weights, LayerStatistics.of(logits))
+    assert all(float(slope.abs().max()) < 1e7 for slope in reference.slopes)
+    low = logits.float().requires_grad_()
+    loss = additive_loss(LayerForward(layer="a", logits=low), weights, reference)
+    (gradient,) = torch.autograd.grad(loss, low)
+    assert bool(loss.isfinite())
+    assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["dispersion", "information"])
+def test_one_expert_can_neither_disperse_nor_inform(name):
+    found = linearize(mg.Regularizers(fsi=0.0, **{name: 1.0}), LayerStatistics.of(torch.randn(8, 1)))
+    assert float(found.value) == float(found.offset) == 0
