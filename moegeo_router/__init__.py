@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import geometry
 from .attach import Geometry, attach
-from .config import GeometryConfig
+from .config import GeometryConfig, NaturalConfig
 from .geometry import fisher_rao_distance
 from .losses import Regularizers
 from .metrics import (
@@ -29,6 +29,7 @@ from .metrics import (
     fsi_velocity,
     routing_information,
 )
+from .optim import NaturalGradient
 from .routers import (
     Gating,
     GeometricRouter,
@@ -51,6 +52,8 @@ __all__ = [
     "GeometricRouter",
     "Geometry",
     "GeometryConfig",
+    "NaturalConfig",
+    "NaturalGradient",
     "PolarRows",
     "Regularizers",
     "RouterSite",

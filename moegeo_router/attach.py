@@ -12,18 +12,20 @@ from torch.optim import Optimizer
 from .config import GeometryConfig
 from .losses import Regularizers
 from .metrics.load import load_share
-from .metrics.summary import expert_scalars, flatten, layer_scalars, short_names
+from .metrics.summary import expert_scalars, flatten, layer_scalars, movement_scalars, short_names
 from .observe.build import refuse_second_watch, unwrapped
+from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics
 from .observe.watch import Watch
+from .optim import NaturalRules, RouterSteps
+from .optim.rows import NotLinearError
 from .regularization import Regularization, RegularizerError, regularization_of, warn_of_own_loss
 from .routers.find import RouterSite, find_routers
 
 if TYPE_CHECKING:
     from .loggers import Logger
-    from .optim import RouterSteps
 
-FORMAT = 1
+FORMAT = 2
 
 
 def attach(
@@ -95,15 +97,21 @@ class Geometry:
             join=config.inject and self._regularization.on,
             sequences=self._regularization.weights.balance_scope == "sequence",
             on_begin=self._begin_forward,
-            on_forward=lambda seen, trained: self._regularization.observe(seen, trained),
+            on_forward=self._observe,
             on_stop=self._stop_regularizing,
-            strict=RegularizerError,
+            strict=(RegularizerError, NotLinearError),
         )
+        self._steps: RouterSteps | None = None
         try:
             self._steps = self._take_over(sites, optimizers)
         except ValueError:
             self._watch.unhook()  # what could not be attached leaves no hooks behind
             raise
+
+    @property
+    def _stepped(self) -> list[str]:
+        """The routers in the order of the numbers that their natural steps report."""
+        return [] if self._steps is None else self._steps.names
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -135,6 +143,7 @@ class Geometry:
         ids: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        x: Tensor | None = None,
         gates: Tensor | None = None,
         output: Tensor | None = None,
         domains: Tensor | None = None,
@@ -143,13 +152,15 @@ class Geometry:
         """Add one forward pass of a layer explicitly: for loops and models of one's own (``hooks=False``).
 
         What is missing disables what needs it: without ``ids`` (and ``top_k``) there are no load metrics, without
-        ``gates`` and ``output`` no FHS by ``outputs``. Pass tensors on their graph: regularizers and traces need it.
+        ``gates`` and ``output`` no FHS by ``outputs``, without ``x`` no natural step. Pass tensors on their graph:
+        regularizers and traces need it.
 
         Args:
             layer: its name; a new one is taken up.
             logits: (..., E) router logits.
             ids: (..., K) int64 chosen experts.
             mask: (...) bool, True where a token counts.
+            x: (..., D) the router's input.
             gates: (..., K) weights of the chosen experts.
             output: (..., D) the block's output.
             domains: (...) int64 domain of each token.
@@ -159,7 +170,7 @@ class Geometry:
             ValueError: shapes that do not fit, another number of experts than before, or a layer that is tapped.
         """
         self._watch.record(
-            layer, logits, ids=ids, mask=mask, gates=gates, output=output, domains=domains, sequences=sequences
+            layer, logits, ids=ids, mask=mask, x=x, gates=gates, output=output, domains=domains, sequences=sequences
         )
 
     def step(self) -> None:
@@ -179,17 +190,21 @@ class Geometry:
         newest = self._watch.window.newest(wait=not self._has_optimizer)
         if newest is None or not self._watch.watching:
             return {}
-        (reduced, values), before = newest, self._watch.window.previous
+        (reduced, numbers), before = newest, self._watch.window.previous
         scalars = {
             name: layer_scalars(reduced.layers[name], None if before is None else before.layers.get(name))
             for name in self.layers
             if name in reduced.layers
         }
         scalars = {name: found for name, found in scalars.items() if found}
+        for name, moved in zip(self._stepped, movement_scalars(numbers), strict=False):
+            if name in scalars:
+                scalars[name] |= moved
         experts = None
         if self.config.per_expert:
             experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}
         flat = flatten(scalars, self.config.per_layer, experts)
+        values = numbers["regularizers"]
         return flat | ({"geometry/regularizer": float(values.sum())} if scalars and len(values) else {})
 
     def log_pictures(self, logger: Logger, step: int) -> None:
@@ -280,20 +295,26 @@ class Geometry:
             window.experts |= experts
             self._reduced = empty.unflat(state["sums"])
             values = self._regularization.restore(self._reduced, dict(state["sensitivities"]))
-            window.post(self._reduced, values)
+            window.post(self._reduced, {"regularizers": values})
 
     def _take_over(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> RouterSteps | None:
         if not optimizers:
             return None
-        from .optim import RouterSteps  # geoopt loads here, not at import
-
+        config = self.config
+        natural = NaturalRules(config.natural, config.scores, config.group) if config.step == "natural" else None
         return RouterSteps(
-            sites if self.config.step is not None else [],
+            sites if config.step is not None else [],
             optimizers,
+            natural=natural,
             scale=self.config.router_lr,
             before=self._before_step,
             after=self._after_step,
         )
+
+    def _observe(self, seen: LayerForward, trained: bool) -> None:
+        self._regularization.observe(seen, trained)
+        if self._steps is not None:
+            self._steps.observe(seen)
 
     def _begin_forward(self, arguments: Mapping[str, Any]) -> None:
         self._regularization.begin_forward()
@@ -310,9 +331,12 @@ class Geometry:
         with self._watch.guarded("the sums of a step"):
             reduced = self._watch.close()
             if reduced is not None:
-                values = self._regularization.end_step(reduced)
+                numbers = {"regularizers": self._regularization.end_step(reduced)}
+                movement = None if self._steps is None else self._steps.movement
+                if movement is not None:
+                    numbers |= movement._asdict()
                 self._reduced = reduced
-                self._watch.window.post(reduced, values)
+                self._watch.window.post(reduced, numbers)
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""

@@ -1,8 +1,9 @@
-"""What ``attach`` does: one frozen dataclass."""
+"""What ``attach`` does: frozen dataclasses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .losses import Regularizers
@@ -10,8 +11,58 @@ from .observe.fisher import Estimator, GatesScale, LossScale
 from .routers.find import Select
 from .routers.gating import ScoreFunction
 
-Step = Literal["riemannian"]
+Step = Literal["riemannian", "natural"]
 OnError = Literal["warn", "raise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalConfig:
+    """How a natural step is made; every number can differ from one parameter group to another.
+
+    Attributes:
+        limit: r, radians: a step is shortened until the exact mean KL divergence of the routing before it from that
+            after it, on the kept rows, is at most r²/2. The routing then moves by about r (RMS over tokens). None: no
+            limit.
+        limit_follows_lr: r shrinks with the learning rate: times ``lr / initial_lr``, at most 1, where the group has an
+            ``initial_lr`` (every scheduler of torch sets it).
+        momentum: of the natural gradients, a tangent vector that is carried along; bias-corrected.
+        second_moment: of their norms, as in Riemannian Adam; 0: none. It makes a step of every row equally long and so
+            gives up the invariance of the natural gradient.
+        damping: λ of either Kronecker factor, as a share of its mean eigenvalue.
+        floor: part of λ_G that does not vanish with G, as a share of G's mean eigenvalue at uniform routing.
+        decay: of the factors' averages, a step.
+        refresh_every: the factors' inverses are computed anew every so many steps (and at steps 1, 2, 4 … before).
+        rows: the most tokens kept of a step and router, over all ranks; factors and limit come from them.
+        block: the most columns of a block of A; a wider router has equal diagonal blocks, 1 is the diagonal.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    limit: float | None = 0.0063
+    limit_follows_lr: bool = True
+    momentum: float = 0.9
+    second_moment: float = 0.0
+    damping: float = 0.01
+    floor: float = 1e-3
+    decay: float = 0.95
+    refresh_every: int = 20
+    rows: int = 512
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("momentum", "second_moment", "decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"natural.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("damping", "floor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"natural.{name} must be at least 0, got {getattr(self, name)}")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ValueError(f"natural.limit must be above 0 (radians) or None, got {self.limit}")
+        for name in ("refresh_every", "rows", "block"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"natural.{name} must be a whole number of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +89,11 @@ class GeometryConfig:
             by it. (``loss()`` needs no such number: it is divided with the rest.)
         grad_scaler: the ``torch.amp.GradScaler`` of the run: injected gradients must be scaled like others, and Fisher
             traces of a step that it skips have another scale than those of the next.
-        step: how the routers are stepped when there is an optimizer: ``"riemannian"`` takes their step over from it,
-            None leaves it there.
-        router_lr: factor on the learning rate of a router's group, see ``RouterSteps``.
+        step: how the routers are stepped when there is an optimizer, whose step is then taken over: ``"riemannian"``
+            (Riemannian Adam) or ``"natural"`` (natural gradients within a speed limit); None leaves it there.
+        router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or 1 times the group's
+            schedule (``"natural"``).
+        natural: how natural steps are made.
         per_layer: ``metrics()`` also has every layer's scalars.
         per_expert: ``metrics()`` also has the load share, the share of the traces and p̄ of every expert.
         pictures_every: ``log_pictures`` writes at every so many steps; 0: never.
@@ -67,6 +120,7 @@ class GeometryConfig:
     grad_scaler: Any = None
     step: Step | None = "riemannian"
     router_lr: float = 1.0
+    natural: NaturalConfig = field(default_factory=NaturalConfig)
     per_layer: bool = False
     per_expert: bool = False
     pictures_every: int = 0
@@ -90,6 +144,8 @@ class GeometryConfig:
             raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
         if self.regularizers is not None and not isinstance(self.regularizers, Regularizers):
             raise ValueError(f"regularizers must be a Regularizers(...) or None, got {self.regularizers!r:.80}")
+        if not isinstance(self.natural, NaturalConfig):
+            raise ValueError(f"natural must be a NaturalConfig(...), got {self.natural!r:.80}")
         if self.accumulation > 1 and not self.inject:
             raise ValueError("accumulation is for injected gradients (inject=True): loss() is divided with your loss")
         if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":

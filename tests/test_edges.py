@@ -246,7 +246,7 @@ def test_states_that_do_not_fit():
     _, geometry = stepped()
     state = geometry.state_dict()
     for change, message in (
-        ({"format": 0}, "state has format 0, expected 1"),
+        ({"format": 0}, "state has format 0, expected 2"),
         ({"experts": {"other": 4}}, "state is of layers"),
         ({"routers": {}}, "the state is of routers"),
         ({"sums": state["sums"][:-3]}, "another num_domains"),
@@ -254,7 +254,7 @@ def test_states_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             stepped()[1].load_state_dict(state | change)
     with pytest.raises(ValueError, match="state lacks sums, sensitivities, routers"):
-        stepped()[1].load_state_dict({"format": 1, "experts": {}})
+        stepped()[1].load_state_dict({"format": 2, "experts": {}})
     model = build(LinearGateBlock)
     watcher = mg.attach(model, config=mg.GeometryConfig(top_k=2))
     with pytest.raises(ValueError, match="holds the routers' steps: give attach the optimizer"):

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from moegeo_router.routers import find_routers, manifold_of
 
-Routers = Literal["riemannian"]
+Routers = Literal["riemannian", "natural"]
 
 
 def adamw(
@@ -32,8 +32,8 @@ def adamw(
         weight_decay: decoupled, on matrices only (no norms, biases, temperatures).
         routers: how ``attach`` is going to step the routers, whose group is then not decayed; None: like every matrix,
             what people do without geometry.
-        router_lr: peak learning rate of the routers; None: ``lr``. On polar and unit rows a row turns by ``√D`` times
-            this per step (radians) while its gradients agree.
+        router_lr: peak learning rate of the routers; None: ``lr``. On polar and unit rows a Riemannian step turns a row
+            by ``√D`` times this (radians) while its gradients agree. Natural steps only follow the schedule.
 
     Raises:
         ValueError: a negative learning rate or decay; routers to be stepped along manifolds they are not on;
@@ -62,7 +62,7 @@ def _router_weights(model: nn.Module, routers: Routers | None) -> list[nn.Parame
     manifolds = [manifold_of(weight) for weight in weights]
     if routers is not None and None in manifolds:
         raise ValueError(
-            "optimizer=riemannian needs routers on a manifold and this model has none: "
+            f"optimizer={routers} needs routers on a manifold and this model has none: "
             "take router=polar, or optimizer=adamw for plain routers"
         )
     if routers is None and any(isinstance(m, OrthonormalRows) for m in manifolds):

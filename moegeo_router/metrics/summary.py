@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -74,6 +75,20 @@ def _signal(statistics: LayerStatistics) -> dict[str, Tensor]:
         sums_DE = statistics.domain_p.view(-1, statistics.num_experts)
         scalars["fsi_domain"] = fsi_domain_from_sums(sums_DE, statistics.domain_tokens)
     return scalars
+
+
+def movement_scalars(numbers: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Return of each router that is stepped naturally ``speed_limit``, ``movement``, ``movement_next``, ``limited``.
+
+    Args:
+        numbers: the fields of ``optim.Movement`` on the host, if there are any.
+    """
+    if "moved" not in numbers:
+        return []
+    names = {"limit": "speed_limit", "moved": "movement", "moved_next": "movement_next", "limited": "limited"}
+    columns = zip(*(numbers[field].tolist() for field in names), strict=True)
+    # NaN is the next batch of a first step, inf a limit that does not exist.
+    return [{n: v for n, v in zip(names.values(), row, strict=True) if math.isfinite(v)} for row in columns]
 
 
 def expert_scalars(statistics: LayerStatistics) -> dict[str, float]:

@@ -58,6 +58,7 @@ class LayerForward:
         ids: (..., K) chosen experts, None where not known.
         gates: (..., K) their weights, None where not known.
         output: (..., D) the block's output, None where not known.
+        x: (..., D) what the logits are linear in, None where not known.
         mask: (T,) bool, True where a token counts; None: all do.
         domains: (T,) domain of each token.
         sequences: (T,) a number for each token's sequence.
@@ -73,6 +74,7 @@ class LayerForward:
     ids: Tensor | None = None
     gates: Tensor | None = None
     output: Tensor | None = None
+    x: Tensor | None = None
     mask: Tensor | None = None
     domains: Tensor | None = None
     sequences: Tensor | None = None
@@ -83,7 +85,7 @@ class LayerForward:
         if self.logits.ndim == 0 or not self.logits.is_floating_point():
             found = f"{self.logits.dtype} {tuple(self.logits.shape)}"
             raise ValueError(f"layer {self.layer}: logits must be floating point (..., E), got {found}")
-        for name in ("ids", "gates", "output"):
+        for name in ("ids", "gates", "output", "x"):
             self._check(name, getattr(self, name), per_token=True)
         for name in ("mask", "domains", "sequences"):
             self._check(name, getattr(self, name), per_token=False)

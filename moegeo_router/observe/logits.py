@@ -23,14 +23,26 @@ class LogitsFinder:
         site: the router.
 
     Attributes:
-        projected: what the linear layer inside of the router has returned, where there is one.
+        projected: input and output of the linear layer inside of the router, where there is one.
     """
 
     def __init__(self, site: RouterSite) -> None:
         self._site = site
         self._which: int | None = None  # of the candidates; -1: computed
         self._is_linear = type(site.module).forward in (nn.Linear.forward, GeometricRouter.forward)
-        self.projected: Tensor | None = None
+        self.projected: tuple[Tensor, Tensor] | None = None
+
+    def input(self, inputs: Sequence[Any]) -> Tensor | None:
+        """Return what the logits of a call are linear in, (..., D): the input of the linear layer; None if not seen.
+
+        Args:
+            inputs: what the router was called with.
+        """
+        if self.projected is not None:
+            return self.projected[0]
+        width = self._site.in_features
+        fitting = (x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.ndim)
+        return next((x for x in fitting if x.shape[-1] == width), None)
 
     def find(self, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Tensor:
         """Return the logits (..., E) of a call.
@@ -42,7 +54,7 @@ class LogitsFinder:
         Raises:
             ValueError: no output could be logits, and they cannot be computed.
         """
-        projected, self.projected = self.projected, None
+        projected = None if self.projected is None else self.projected[1]
         experts = self._site.num_experts
         found = [t for t in outputs if t.is_floating_point() and t.ndim and t.shape[-1] == experts]
         if self._is_linear and found:
@@ -76,11 +88,11 @@ class LogitsFinder:
     def _computed(self, inputs: Sequence[Any], projected: Tensor | None) -> Tensor | None:
         if projected is not None:
             return projected
-        for x in inputs:
-            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.shape[-1] == self._site.in_features:
-                bias = getattr(self._site.projection, "bias", None)
-                return F.linear(x, self._site.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return None
+        x = self.input(inputs)
+        if x is None:
+            return None
+        bias = getattr(self._site.projection, "bias", None)
+        return F.linear(x, self._site.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _looks_like_scores(t: Tensor) -> bool:

@@ -86,23 +86,26 @@ class LayerTap:
         self._inside, self._seen = True, None
 
     def _projected(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and self.site.module.training:
-            self._finder.projected = output
+        if isinstance(output, Tensor) and self.site.module.training and inputs and isinstance(inputs[0], Tensor):
+            self._finder.projected = inputs[0], output
 
     def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         again = recomputing()
         if not module.training or not self._active() or not (again or self._tokens.trained):
+            self._finder.projected = None
             return None
         self._flush(None)  # a block that calls its router in chunks
-        tensors = list(tensors_in(output))
-        logits = self._finder.find(tensors, (*args, *kwargs.values()))
+        tensors, inputs = list(tensors_in(output)), (*args, *kwargs.values())
+        logits, x = self._finder.find(tensors, inputs), self._finder.input(inputs)
+        self._finder.projected = None
         if again and self._had_graph:
             return None  # the hooks of the first forward see this backward pass
         if not again:
             self._had_graph = logits.requires_grad
         tokens = logits.numel() // self.site.num_experts
         known = self._tokens.of_layer(self.site.name, tokens, again)
-        self._seen = {"logits": logits, "recomputed": again} | known | self._choices(tensors, logits)
+        x = x if x is not None and x.numel() == tokens * x.shape[-1] else None
+        self._seen = {"logits": logits, "x": x, "recomputed": again} | known | self._choices(tensors, logits)
         output = self._joined(output)
         if not self._inside:
             self._flush(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ class Window:
         self.experts: dict[str, int] = {}
         self._num_domains, self._group = num_domains, group
         self._sums: dict[str, LayerStatistics] = {}
-        self._arrived: tuple[RoutingStatistics, Tensor] | None = None
-        self._underway: tuple[RoutingStatistics, Tensor, Any] | None = None
+        self._arrived: tuple[RoutingStatistics, dict[str, Tensor]] | None = None
+        self._underway: tuple[RoutingStatistics, dict[str, int], Tensor, Any] | None = None
         self.previous: RoutingStatistics | None = None
 
     @property
@@ -57,30 +58,31 @@ class Window:
         self._sums = {}
         return complete.all_reduce(self._group)
 
-    def post(self, reduced: RoutingStatistics, values: Tensor) -> None:
-        """Send reduced sums, and other numbers of the step, to the host."""
-        vector = torch.cat([reduced.flat(), values.to(reduced.failures)])
+    def post(self, reduced: RoutingStatistics, numbers: Mapping[str, Tensor]) -> None:
+        """Send reduced sums, and other numbers of the step, vectors by name, to the host."""
+        vector = torch.cat([reduced.flat(), *(values.to(reduced.failures) for values in numbers.values())])
+        sizes = {name: len(values) for name, values in numbers.items()}
         if vector.device.type != "cuda":
-            self._arrive(reduced, vector.cpu())
+            self._arrive(reduced, sizes, vector.cpu())
             return
         host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
         host.copy_(vector, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._underway = (reduced, host, event)
+        self._underway = (reduced, sizes, host, event)
 
-    def newest(self, wait: bool) -> tuple[RoutingStatistics, Tensor] | None:
+    def newest(self, wait: bool) -> tuple[RoutingStatistics, dict[str, Tensor]] | None:
         """Return the newest sums and numbers that are on the host, None before the first.
 
         Args:
             wait: for the last ones posted.
         """
         if self._underway is not None:
-            reduced, host, event = self._underway
+            reduced, sizes, host, event = self._underway
             if wait:
                 event.synchronize()
             if event.query():
-                self._arrive(reduced, host)
+                self._arrive(reduced, sizes, host)
         return self._arrived
 
     @property
@@ -97,7 +99,7 @@ class Window:
         """Whether other ranks take part."""
         return world_size(self._group) > 1
 
-    def _arrive(self, reduced: RoutingStatistics, host: Tensor) -> None:
+    def _arrive(self, reduced: RoutingStatistics, sizes: Mapping[str, int], host: Tensor) -> None:
         self.previous = None if self._arrived is None else self._arrived[0]
-        size = len(reduced.flat())
-        self._arrived, self._underway = (reduced.unflat(host[:size]), host[size:]), None
+        own, *others = host.split([len(host) - sum(sizes.values()), *sizes.values()])
+        self._arrived, self._underway = (reduced.unflat(own), dict(zip(sizes, others, strict=True))), None

@@ -5,8 +5,7 @@ Shape legend: L routers, E experts, D width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,40 +14,60 @@ from torch.optim import Optimizer
 
 from ..geometry.simplex import widen
 from ..routers.find import RouterSite
+from ..routers.tag import manifold_of
+from .point import Point, StepRule
+
+#: Makes the rule of a stack: of its stacked weights (L, E, D), their manifold and the names of the routers.
+RuleFactory = Callable[[Tensor, Any, Sequence[Sequence[RouterSite]]], StepRule]
 
 
 class RouterStack:
-    """L routers of one shape on one kind of manifold, in one group of one optimizer, stepped by Riemannian Adam.
+    """L routers of one shape on one kind of manifold, in one group of one optimizer, stepped by one rule.
 
-    Half-precision weights keep an fp32 master, which follows whatever others write to the weight.
+    Half-precision parameters keep an fp32 master, which follows whatever others write to them.
 
     Args:
         sites: for each weight the routers that share it.
-        optimizer: the user's, whose group holds the weights.
+        optimizer: whose group holds the weights.
         group: index of the group.
-        scale: factor on the group's learning rate.
+        rule: makes the rule.
     """
 
-    def __init__(self, sites: Sequence[Sequence[RouterSite]], optimizer: Optimizer, group: int, scale: float) -> None:
-        from geoopt import ManifoldParameter
-        from geoopt.optim import RiemannianAdam
+    def __init__(
+        self, sites: Sequence[Sequence[RouterSite]], optimizer: Optimizer, group: int, rule: RuleFactory
+    ) -> None:
+        from ..geometry.rows import EuclideanRows
 
-        self.optimizer, self._group, self._scale = optimizer, group, scale
+        self.optimizer, self._group = optimizer, group
         self._sites = [list(tied) for tied in sites]
         self._weights = [tied[0].weight for tied in sites]
         # The weights' own manifolds: those of polar rows know what a zero row stands for.
-        self._manifolds: list[Any] = [weight.manifold for weight in self._weights]  # type: ignore[attr-defined]
-        self._point = ManifoldParameter(_stacked(self._weights), manifold=self._manifolds[0])
-        self._stepper = RiemannianAdam([self._point], lr=0.0)
-        self._gradients: list[Tensor | None] = [None] * len(self._weights)
+        self._manifolds: list[Any] = [manifold_of(weight) or EuclideanRows() for weight in self._weights]
+        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._sites)
+        biases = [bias_of(tied[0]) if self.rule.steps_bias else None for tied in sites]
+        self._biases = [bias for bias in biases if bias is not None]
+        self._master, self._began = self._masters(), False
+        self._gradients: dict[nn.Parameter, Tensor] = {}
 
     @property
     def names(self) -> list[str]:
         """The routers' names, of those that share a weight the first."""
         return [tied[0].name for tied in self._sites]
 
+    @property
+    def fixed_norm(self) -> bool:
+        """Whether the norms of the rows are fixed."""
+        from ..geometry.rows import OrthonormalRows, UnitRows
+
+        return isinstance(self._manifolds[0], UnitRows | OrthonormalRows)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is stepped: the weights, then the biases."""
+        return [*self._weights, *self._biases]
+
     def withhold(self) -> None:
-        """Take the weights' gradients away from the optimizer.
+        """Take the gradients away from the optimizer.
 
         Raises:
             RuntimeError: a router has another weight than at the beginning.
@@ -60,14 +79,15 @@ class RouterStack:
                         f"the weight of router {site.name} was replaced since attach (to_empty, "
                         "load_state_dict(assign=True)): detach, geometrize and attach again"
                     )
-        for index, weight in enumerate(self._weights):
-            self._gradients[index], weight.grad = weight.grad, None
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._gradients[parameter], parameter.grad = parameter.grad, None
 
     def give_back(self) -> None:
         """Give the withheld gradients back."""
-        for index, weight in enumerate(self._weights):
-            if self._gradients[index] is not None:
-                weight.grad, self._gradients[index] = self._gradients[index], None
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+        self._gradients = {}
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
@@ -76,91 +96,91 @@ class RouterStack:
         Args:
             grad_scale: what the gradients are multiplied by, if anything.
         """
-        idle = [index for index, gradient in enumerate(self._gradients) if gradient is None]
+        idle = [index for index, weight in enumerate(self._weights) if weight not in self._gradients]
         if len(idle) == len(self._weights):
             return
-        group, point = self.optimizer.param_groups[self._group], self._point
-        self._catch_up()
-        gradients = [
-            torch.zeros_like(w) if g is None else g for w, g in zip(self._weights, self._gradients, strict=True)
-        ]
-        sign = -1.0 if group.get("maximize", False) else 1.0
-        point.grad = sign * _stacked(gradients) / (1 if grad_scale is None else grad_scale)
-        (options,) = self._stepper.param_groups
-        options["lr"] = float(group.get("lr", 0.0)) * self._scale * _unit(point)
-        options["betas"] = group.get("betas", (0.9, 0.999))
+        group = self.optimizer.param_groups[self._group]
+        before = self._catch_up()
+        factor = (-1.0 if group.get("maximize", False) else 1.0) / (1 if grad_scale is None else grad_scale)
+        gradient = Point(*(None if values is None else factor * values for values in self._gathered()))  # type: ignore[arg-type]
+        after = self.rule.move(Point(*(None if v is None else v.clone() for v in before)), gradient, group, idle)  # type: ignore[arg-type]
         # A step of length 0 must not round: a warm-up from 0 changes no bit. And what has no gradient stays as it is.
-        still = list(range(len(self._weights))) if options["lr"] == 0 else idle
-        before = {index: point[index].clone() for index in still}
-        moments = {index: self._moments(index) for index in idle}
-        self._stepper.step()
-        point.grad = None
-        for index, values in before.items():
-            point.data[index] = values
-        for index, saved in moments.items():
-            for name, values in saved.items():
-                self._stepper.state[point][name][index] = values
-        weights: list[Tensor] = list(self._weights)
-        torch._foreach_copy_(weights, list(point.data.to(self._weights[0].dtype).unbind()))
+        still = range(len(self._weights)) if self.rule.rate(group) == 0 else idle
+        for index in still:
+            for values, old in zip(after, before, strict=True):
+                if values is not None and old is not None:
+                    values[index] = old[index]
+        self._master, self._began = after, True
+        for parameters, values in ((self._weights, after.weight), (self._biases, after.bias)):
+            if parameters and values is not None:
+                into: list[Tensor] = list(parameters)
+                torch._foreach_copy_(into, list(values.to(parameters[0].dtype).unbind()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return each router's step count, moments and, of a half-precision weight, its master."""
-        state = self._stepper.state.get(self._point, {})
-        half = self._weights[0].dtype != self._point.dtype
+        """Return each router's state and, of half-precision parameters, its masters."""
+        half = self._weights[0].dtype != self._master.weight.dtype
         return {
-            name: {
-                "step": state.get("step", 0),
-                "moments": self._moments(index),
-                "master": self._point.detach()[index].clone() if half else None,
-            }
+            name: self.rule.state(index) | {"master": _of_one(self._master, index) if half else None}
             for index, name in enumerate(self.names)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the entries of these routers in ``state``."""
         saved = [state[name] for name in self.names]
-        self._stepper.state.clear()
-        if saved[0]["moments"]:
-            # Not geoopt's load_state_dict, which turns the count into fp32 and so changes the bias correction.
-            moments = {
-                name: torch.stack([entry["moments"][name] for entry in saved]).to(self._point.device)
-                for name in saved[0]["moments"]
-            }
-            self._stepper.state[self._point] = {"step": saved[0]["step"], **moments}
+        self.rule.load(saved)
+        self._began = any(bool(entry["step"]) for entry in saved)
         if saved[0]["master"] is not None:
-            self._point.data = torch.stack([entry["master"] for entry in saved]).to(self._point.device)
+            device = self._weights[0].device
+            names = saved[0]["master"]
+            masters = {n: torch.stack([entry["master"][n] for entry in saved]).to(device) for n in names}
+            self._master = Point(**masters)
 
-    def _catch_up(self) -> None:
-        """Take over what the weights are now, and where; on the first step give zero rows their direction."""
+    def _catch_up(self) -> Point:
+        """Return what the parameters are now; on the first step give zero rows their direction."""
         from ..geometry.rows import PolarRows
 
-        weights, master = _stacked(self._weights), self._point.data
-        if self._weights[0].dtype != weights.dtype and master.device == weights.device:
-            # The master goes on where the weight is still its rounding.
-            weights = torch.where(master.to(self._weights[0].dtype) == _plain(self._weights), master, weights)
-        if not self._stepper.state and isinstance(self._manifolds[0], PolarRows):
-            weights = torch.stack([m.projx(w) for m, w in zip(self._manifolds, weights.unbind(), strict=True)])
-        self._point.data = weights
+        now = self._masters()
+        weight = _newest(self._weights, now.weight, self._master.weight)
+        bias = None if now.bias is None else _newest(self._biases, now.bias, self._master.bias)
+        if not self._began and isinstance(self._manifolds[0], PolarRows):
+            weight = torch.stack([m.projx(w) for m, w in zip(self._manifolds, weight.unbind(), strict=True)])
+        return Point(weight, bias)
 
-    def _moments(self, index: int) -> dict[str, Tensor]:
-        state = self._stepper.state.get(self._point, {})
-        return {name: values[index].clone() for name, values in state.items() if isinstance(values, Tensor)}
+    def _masters(self) -> Point:
+        return Point(_stacked(self._weights), _stacked(self._biases) if self._biases else None)
 
-
-def _plain(weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight.detach() for weight in weights])
-
-
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    """Return (L, E, D) in fp32 or better."""
-    return widen(_plain(weights))
+    def _gathered(self) -> Point:
+        """Return the withheld gradients, 0 where there is none."""
+        known = self._gradients
+        weights, biases = (
+            [known.get(parameter, torch.zeros_like(parameter)) for parameter in parameters]
+            for parameters in (self._weights, self._biases)
+        )
+        return Point(_stacked(weights), _stacked(biases) if biases else None)
 
 
-def _unit(point: nn.Parameter) -> float:
-    """Return √(coordinates under one norm): √D a row, √(E·D) the matrix, 1 for Euclidean rows."""
-    from ..geometry.rows import EuclideanRows, OrthonormalRows
+def bias_of(site: RouterSite) -> nn.Parameter | None:
+    """Return the bias (E,) that a router adds to its logits, None if it has none or keeps it fixed."""
+    bias = getattr(site.projection, "bias", None)
+    fits = isinstance(bias, nn.Parameter) and bias.shape == (site.num_experts,) and bias.requires_grad
+    return bias if fits else None
 
-    manifold = point.manifold  # type: ignore[attr-defined]
-    if isinstance(manifold, EuclideanRows):
-        return 1.0
-    return math.sqrt(point.shape[-1] * (point.shape[-2] if isinstance(manifold, OrthonormalRows) else 1))
+
+def _of_one(point: Point, index: int) -> dict[str, Tensor]:
+    return {name: values[index].clone() for name, values in point._asdict().items() if values is not None}
+
+
+def _newest(parameters: Sequence[nn.Parameter], now: Tensor, master: Tensor | None) -> Tensor:
+    """Return the master where the parameters are still its rounding, else what they are now."""
+    if master is None or parameters[0].dtype == now.dtype or master.device != now.device:
+        return now
+    return torch.where(master.to(parameters[0].dtype) == _plain(parameters), master, now)
+
+
+def _plain(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.detach() for tensor in tensors])
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return (L, …) in fp32 or better."""
+    return widen(_plain(tensors))

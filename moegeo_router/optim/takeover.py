@@ -5,36 +5,38 @@ weights, so that the user's optimizer passes them by, and a post-hook moves the 
 learning rate of the group they sit in. Schedulers, groups, clipping and gradient scaling keep working: they act on the
 optimizer and on the gradients, which are the user's own.
 
-Shape legend: E experts, D width. Routers that are alike are stepped as one (``stack``).
+Routers that are alike are stepped as one (``stack``), by the rule that ``step`` names (``riemannian``, ``natural``).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..observe.forward import LayerForward
 from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
-from .stack import RouterStack
+from .natural import Movement
+from .rules import NaturalRules, riemannian_rule
+from .stack import RouterStack, bias_of
 
 
 class RouterSteps:
-    """Steps the routers by Riemannian Adam (geoopt's) whenever the user's optimizers step.
+    """Steps the routers whenever the user's optimizers step, by Riemannian Adam or by natural gradients.
 
-    A step of length 1 in the manifold's own norm is ``lr · scale · √D`` for polar and unit rows, so that, as in Adam,
-    each coordinate of a row moves by about ``lr`` of the row's norm; ``lr · scale · √(E·D)`` for orthonormal rows,
-    whose norm is the whole matrix's; on Euclidean rows it *is* Adam. No weight decay: on a scale-free manifold it has
-    no meaning. The betas are those of the weight's group, where it has some. Half-precision weights keep an fp32
-    master.
+    Half-precision weights keep an fp32 master. No weight decay: on a scale-free manifold it has no meaning.
 
     Args:
         sites: routers whose weights are on a manifold of this library; one that is frozen stays where it is while it
             is.
         optimizers: those that hold the weights.
+        natural: makes natural steps (``NaturalRule``), of weights and biases; None: Riemannian Adam, of the weights.
         scale: factor on the learning rate.
         before: called before a step of the last of the optimizers, with all gradients in place.
         after: called after it.
@@ -48,15 +50,17 @@ class RouterSteps:
         sites: Sequence[RouterSite],
         optimizers: Sequence[Optimizer],
         *,
+        natural: NaturalRules | None = None,
         scale: float = 1.0,
         before: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
         self._before, self._after = before, after
-        self._optimizers = list(optimizers)
+        self._optimizers, self._natural, self._told = list(optimizers), natural, False
         for optimizer in self._optimizers:
             _refuse_second(optimizer)
-        self._stacks = self._collect(sites, scale)
+        self._rule = partial(riemannian_rule, scale=scale) if natural is None else partial(natural.rule, scale=scale)
+        self._stacks = self._collect(sites)
         self._handles = [
             handle
             for optimizer in self._optimizers
@@ -71,6 +75,25 @@ class RouterSteps:
         for handle in self._handles:
             handle.remove()
 
+    def observe(self, seen: LayerForward) -> None:
+        """Take what natural steps need of a training forward.
+
+        Raises:
+            ValueError: a router whose logits are not ``x Wᵀ + b``.
+        """
+        if self._natural is not None:
+            self._natural.observe(seen)
+
+    @property
+    def names(self) -> list[str]:
+        """The routers' names, in the order of ``movement``."""
+        return [name for stack in self._stacks for name in stack.names]
+
+    @property
+    def movement(self) -> Movement | None:
+        """What the last natural steps did, all routers in a row; None before the first."""
+        return None if self._natural is None else self._natural.movement
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every router's step, by name."""
         return {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
@@ -81,13 +104,12 @@ class RouterSteps:
         Raises:
             ValueError: the state is of other routers.
         """
-        names = [name for stack in self._stacks for name in stack.names]
-        if sorted(names) != sorted(state):
-            raise ValueError(f"the state is of routers {', '.join(state)}, these are {', '.join(names)}")
+        if sorted(self.names) != sorted(state):
+            raise ValueError(f"the state is of routers {', '.join(state)}, these are {', '.join(self.names)}")
         for stack in self._stacks:
             stack.load_state_dict(state)
 
-    def _collect(self, sites: Sequence[RouterSite], scale: float) -> list[RouterStack]:
+    def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
         """Put routers together that can be stepped as one: the same optimizer, group, manifold and shape."""
         tied: dict[int, list[RouterSite]] = defaultdict(list)
         for site in sites:
@@ -96,7 +118,7 @@ class RouterSteps:
         places: dict[tuple[object, ...], tuple[int, int]] = {}
         for same in tied.values():
             weight, manifold = same[0].weight, manifold_of(same[0].weight)
-            place = self._place(same[0])
+            place = self._place(same[0].weight)
             if not weight.requires_grad and (manifold is None or place is None):
                 continue  # frozen, and not held by any optimizer that could step it later
             if place is None:
@@ -106,19 +128,19 @@ class RouterSteps:
                     f"router {same[0].name} is on no manifold: call geometrize(model) before attach(model, optimizer), "
                     "or leave its step to the optimizer with GeometryConfig(step=None)"
                 )
-            key = (place, type(manifold), weight.shape, weight.dtype, weight.device)
+            key = (place, type(manifold), weight.shape, weight.dtype, weight.device, bias_of(same[0]) is None)
             alike[key].append(same)
             places[key] = place
         return [
-            RouterStack(together, self._optimizers[places[key][0]], places[key][1], scale)
+            RouterStack(together, self._optimizers[places[key][0]], places[key][1], self._rule)
             for key, together in alike.items()
         ]
 
-    def _place(self, site: RouterSite) -> tuple[int, int] | None:
+    def _place(self, weight: Tensor) -> tuple[int, int] | None:
         """Return which optimizer and which of its groups holds a router's weight, None if none does."""
         for number, optimizer in enumerate(self._optimizers):
             for index, group in enumerate(optimizer.param_groups):
-                if any(parameter is site.weight for parameter in group["params"]):
+                if any(parameter is weight for parameter in group["params"]):
                     return number, index
         return None
 
@@ -145,8 +167,19 @@ class RouterSteps:
         if optimizer is self._optimizers[-1]:
             self._before()
         for stack in self._stacks:
-            if stack.optimizer is optimizer:
+            if stack.optimizer is optimizer and self._ready(stack):
                 stack.withhold()
+
+    def _ready(self, stack: RouterStack) -> bool:
+        """Say so, once, if a stack cannot be stepped: the optimizer then does it as before."""
+        if not stack.rule.ready and not self._told:
+            self._told = True
+            warnings.warn(
+                f"no tokens of {', '.join(stack.names)} were seen in training mode, which natural steps need (record "
+                "takes them as x=...): their step is left to your optimizer",
+                stacklevel=2,
+            )
+        return stack.rule.ready
 
     def _give_back(self, optimizer: Optimizer) -> None:
         for stack in self._stacks:

@@ -119,9 +119,12 @@ class GeometricRouter(nn.Linear):
         dtype, full_precision = _outside_autocast(x)
         with full_precision:  # a cosine rounded to bf16 would be divided by a small temperature
             # The weight is normalised here too: a Euclidean optimizer or a rounding may have moved it off the sphere.
-            cosine = F.linear(_direction(widen(x)), _direction(widen(self.weight)))
-            logits = cosine / self.temperature
+            logits = F.linear(_direction(widen(x)), _direction(widen(self.weight))) / self.temperature
             return (logits if self.bias is None else logits + widen(self.bias)).to(dtype)
+
+    def linear_input(self, x: Tensor) -> Tensor:
+        """Return the x̃ (..., D) for which the logits are ``x̃ Wᵀ + b``: x itself, or ``x / (‖x‖ τ)`` (``sphere``)."""
+        return x if self.manifold != "sphere" else _direction(widen(x)) / self.temperature
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -70,7 +70,7 @@ def test_half_precision_weights_have_a_master():
     geometry = take_over(model, optimizer)
 
     def master() -> Tensor:
-        return geometry.state_dict()["routers"]["blocks.0.gate"]["master"]
+        return geometry.state_dict()["routers"]["blocks.0.gate"]["master"]["weight"]
 
     before = master()
     assert before.dtype == torch.float32
@@ -241,7 +241,7 @@ def test_the_master_of_a_half_precision_weight_is_resumed():
             token_loss(model(batch(seed=0).bfloat16()).float()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        return [entry["master"] for entry in geometry.state_dict()["routers"].values()]
+        return [entry["master"]["weight"] for entry in geometry.state_dict()["routers"].values()]
 
     for ours, theirs in zip(run(True), run(False), strict=True):
         assert torch.equal(ours, theirs)

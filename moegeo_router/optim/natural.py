@@ -1,0 +1,256 @@
+"""The natural-gradient step of stacked routers, along their manifold and within a geodesic speed limit.
+
+Shape legend: L routers, E experts, D width (with a bias one more), N kept rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import NaturalConfig
+from ..observe.statistics import world_size
+from ..routers.gating import ScoreFunction
+from .divergence import Divergence
+from .kronecker import KroneckerFisher
+from .point import Point
+from .rows import Rows, RowSample, stack_rows
+from .speed import largest_step
+
+
+class Movement(NamedTuple):
+    """What the last step of L routers did, each (L,).
+
+    Attributes:
+        limit: radians.
+        moved: √(2 KL) of the step on the rows it was computed from, radians.
+        moved_next: the same on the rows of the next batch; of the step before; NaN before the second.
+        limited: 1 where the step was shortened.
+    """
+
+    limit: Tensor
+    moved: Tensor
+    moved_next: Tensor
+    limited: Tensor
+
+
+class NaturalRule:
+    """Moves L routers by ``exp_W(-η Δ)``, ``Δ = (G + λ_G)⁻¹ ∇W (A + λ_A)⁻¹`` and η from the speed limit.
+
+    Args:
+        like: (L, E, D) the weights.
+        manifold: they are on.
+        samples: the kept rows of each router.
+        config: see ``NaturalConfig``.
+        scores: the routers' score function.
+        bias: whether they have one.
+        scale: the learning rate is this, times the schedule of the group (``lr / initial_lr``). None: the group is one
+            of ``NaturalGradient``, and its own ``lr``, ``limit`` and ``weight_decay`` hold.
+        group: the data-parallel process group.
+    """
+
+    steps_bias = True
+
+    def __init__(
+        self,
+        like: Tensor,
+        manifold: Any,
+        samples: Sequence[RowSample],
+        config: NaturalConfig,
+        *,
+        scores: ScoreFunction = "softmax",
+        bias: bool = False,
+        scale: float | None = None,
+        group: Any = None,
+    ) -> None:
+        self.samples, self.limit, self._config = list(samples), config.limit, config
+        self._manifold, self._scores, self._bias, self._scale, self._group = manifold, scores, bias, scale, group
+        routers, experts, self._width = like.shape
+        self._fisher = KroneckerFisher(
+            like.new_empty(routers, experts, self._width + bias),
+            decay=config.decay,
+            damping=config.damping,
+            floor=config.floor,
+            block=config.block + bias,
+            scores=scores,
+        )
+        self._step, self._window = 0, 0
+        self._tensors = {
+            "count": like.new_zeros(routers),
+            "momentum": like.new_zeros(routers, experts, self._width + bias),
+            "change": like.new_zeros(routers, experts, self._width + bias),
+        }
+        if config.second_moment:
+            self._tensors["norms"] = torch.zeros_like(self._tensors["momentum"])
+        self.movement: Movement | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether any token was seen; with ranks, one without tokens takes part all the same."""
+        return world_size(self._group) > 1 or any(sample.known for sample in self.samples)
+
+    def rate(self, group: Mapping[str, Any]) -> float:
+        """Return the learning rate."""
+        return float(group["lr"]) if self._scale is None else self._scale * _schedule(group)
+
+    def move(self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int]) -> Point:
+        """Return where the step leads.
+
+        A router stays where it is if its gradient holds NaN or inf, or if it never saw a token: how far the step would
+        move the routing is not known then.
+        """
+        slope_LED = _joined(gradient)
+        active_L = slope_LED.isfinite().all(dim=-1).all(dim=-1)
+        active_L[list(idle)] = False
+        rows = stack_rows(self.samples, point.weight, self._bias)
+        self._update_fisher(rows)
+        delta_LED = self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0))
+        direction_LED = self._averaged(point, self._tangent(point, delta_LED), active_L)
+        if self._scale is None:
+            direction_LED = direction_LED + group["weight_decay"] * _joined(point)
+        step_LED = torch.where(_wide(active_L), -self.rate(group) * direction_LED, 0)
+        after = self._limited(point, step_LED, rows, self._limit(group))
+        momentum = self._tensors["momentum"]
+        carried = self._manifold.transp(point.weight, after.weight, momentum[..., : self._width])
+        momentum[..., : self._width] = torch.where(_wide(active_L), carried, momentum[..., : self._width])
+        return after
+
+    def state(self, index: int) -> dict[str, Any]:
+        """Return the state of one router: averages, factors, momentum, and the last change of its weight."""
+        tensors = self._tensors | self._fisher.tensors()
+        return {
+            "step": self._step,
+            "window": self._window,
+            "limit": self.limit,
+            "rows_seen": self.samples[index].passes,
+            **{name: values[index].clone() for name, values in tensors.items()},
+        }
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the states of all routers.
+
+        Raises:
+            ValueError: states of other shapes or of another rule.
+        """
+        tensors = self._tensors | self._fisher.tensors()
+        for name, values in tensors.items():
+            saved = [entry.get(name) for entry in states]
+            if any(not isinstance(value, Tensor) or value.shape != values.shape[1:] for value in saved):
+                raise ValueError(f"the state of a natural step has another {name} than {tuple(values.shape[1:])}")
+            values.copy_(torch.stack(saved))  # type: ignore[arg-type]
+        self._step, self._window, self.limit = (states[0][name] for name in ("step", "window", "limit"))
+        for sample, entry in zip(self.samples, states, strict=True):
+            sample.passes = entry["rows_seen"]
+        self._fisher.invert()
+
+    def _limit(self, group: Mapping[str, Any]) -> float:
+        limit = self.limit if self._scale is not None else group["limit"]
+        if limit is None:
+            return math.inf
+        return limit * (_schedule(group) if self._config.limit_follows_lr else 1.0)
+
+    def _update_fisher(self, rows: Rows) -> None:
+        self._fisher.add(rows)
+        self._window += 1
+        early = self._step < self._config.refresh_every and self._step.bit_count() <= 1
+        if early or self._step % self._config.refresh_every == 0:
+            self._fisher.refresh(self._window, self._group)
+            self._window = 0
+        self._step += 1
+
+    def _tangent(self, point: Point, delta_LED: Tensor) -> Tensor:
+        tangent_LED = self._manifold.proju(point.weight, delta_LED[..., : self._width])
+        return torch.cat([tangent_LED, delta_LED[..., self._width :]], dim=-1)
+
+    def _averaged(self, point: Point, delta_LED: Tensor, active_L: Tensor) -> Tensor:
+        """Take the natural gradients into the momentum, and return the direction it gives."""
+        beta, state, active = self._config.momentum, self._tensors, _wide(active_L)
+        state["count"] += active_L
+        count = _wide(state["count"].clamp_min(1))
+        state["momentum"] = torch.where(active, beta * state["momentum"] + (1 - beta) * delta_LED, state["momentum"])
+        direction_LED = state["momentum"] / (1 - beta**count)
+        if "norms" not in state:
+            return direction_LED
+        beta = self._config.second_moment
+        norms = beta * state["norms"] + (1 - beta) * self._squared_norms(point, delta_LED)
+        state["norms"] = torch.where(active, norms, state["norms"])
+        return direction_LED / ((state["norms"] / (1 - beta**count)).sqrt() + 1e-8)
+
+    def _squared_norms(self, point: Point, delta_LED: Tensor) -> Tensor:
+        """Return the squared norms on the manifold, of coordinates, rows or matrices, spread over their coordinates."""
+        weight_LED, bias_LE1 = delta_LED[..., : self._width], delta_LED[..., self._width :]
+        square_LED = self._manifold.inner(point.weight, weight_LED, keepdim=True).expand_as(weight_LED)
+        alone = self._manifold.ndim == 0  # every coordinate has its own norm
+        return torch.cat([square_LED, bias_LE1.square() if alone else square_LED[..., : bias_LE1.shape[-1]]], dim=-1)
+
+    def _limited(self, point: Point, step_LED: Tensor, rows: Rows, limit: float) -> Point:
+        """Return where the largest allowed part of a step leads."""
+        divergence = Divergence(rows.z, rows.weight, self._scores)
+        x_LDN = rows.x.mT
+        # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
+        dz_LEN = self._tensors["change"] @ x_LDN
+        before = Divergence(rows.z - dz_LEN, rows.weight, self._scores)
+        asked = torch.stack([rows.weight.sum(dim=-1), divergence.quadratic_sums(step_LED @ x_LDN), before.sums(dz_LEN)])
+        tokens_L, quadratic_L, again_L = self._over_ranks(asked)
+
+        def mean(sums_L: Tensor) -> Tensor:
+            return torch.where(tokens_L > 0, sums_L / tokens_L.clamp_min(1), torch.inf)
+
+        def kl(eta_L: Tensor) -> Tensor:
+            change_LED = self._change(point, self._moved(point, _wide(eta_L) * step_LED))
+            return mean(self._over_ranks(divergence.sums(change_LED @ x_LDN)))
+
+        most = tokens_L.new_tensor(limit**2 / 2)
+        standing = (step_LED == 0).all(dim=-1).all(dim=-1)
+        guess_L = torch.where(standing, 0, (0.98 * most / mean(quadratic_L)).sqrt().nan_to_num(1.0, posinf=1.0))
+        eta_L, kl_L = largest_step(kl, guess_L, most)
+        after = _chosen(eta_L > 0, self._moved(point, _wide(eta_L) * step_LED), point)
+        self._tensors["change"] = self._change(point, after)
+        first = self._tensors["count"] <= 1
+        self.movement = Movement(
+            limit=torch.full_like(kl_L, limit),
+            moved=(2 * kl_L).sqrt(),
+            moved_next=torch.where(first, torch.nan, (2 * mean(again_L)).sqrt()),
+            limited=((eta_L < 1) & ~standing).to(kl_L),
+        )
+        return after
+
+    def _moved(self, point: Point, step_LED: Tensor) -> Point:
+        move = self._manifold.retr if self._manifold.name == "Orthonormal rows" else self._manifold.expmap
+        weight = move(point.weight, step_LED[..., : self._width])
+        return Point(weight, None if point.bias is None else point.bias + step_LED[..., self._width])
+
+    def _change(self, before: Point, after: Point) -> Tensor:
+        return _joined(after) - _joined(before)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        if world_size(self._group) > 1:
+            dist.all_reduce(sums, group=self._group)
+        return sums
+
+
+def _schedule(group: Mapping[str, Any]) -> float:
+    """Return where a group is in its learning-rate schedule: lr over its peak, at most 1; 1 where there is none."""
+    lr, peak = float(group.get("lr", 0.0)), group.get("max_lr") or group.get("initial_lr")
+    return min(1.0, lr / float(peak)) if peak else float(lr > 0)
+
+
+def _joined(point: Point) -> Tensor:
+    """Return weights and biases as one (L, E, D + 1)."""
+    return point.weight if point.bias is None else torch.cat([point.weight, point.bias.unsqueeze(-1)], dim=-1)
+
+
+def _chosen(which_L: Tensor, these: Point, others: Point) -> Point:
+    bias = None
+    if these.bias is not None and others.bias is not None:
+        bias = torch.where(which_L.unsqueeze(-1), these.bias, others.bias)
+    return Point(torch.where(_wide(which_L), these.weight, others.weight), bias)
+
+
+def _wide(values_L: Tensor) -> Tensor:
+    return values_L[:, None, None]
