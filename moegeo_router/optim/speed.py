@@ -6,6 +6,7 @@ Shape legend: L routers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,44 +16,62 @@ from ..geometry.simplex import readable
 #: A step counts as at its limit when its KL is above this share of it.
 CLOSE = 0.96
 
+#: How often the divergence is looked at, at most: where the result can be read in between, and where it cannot.
+MOST_ROUNDS, ROUNDS_UNSEEN = 24, 8
 
-def largest_step(
-    kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor, rounds: int = 8
-) -> tuple[Tensor, Tensor]:
+
+def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest scales η in (0, 1] with ``kl(η) ≤ most``, to within 4% of the KL, and the KL there.
 
-    The KL grows with η about as its square: every round scales η by ``√(most / kl(η))`` and keeps it in the bracket of
-    what is known to be within the limit and beyond it. The result is always within: where nothing was found, it is 0.
+    The KL grows about as the square of η: a round scales η by ``√(most / kl(η))``, and once it is known both within the
+    limit and beyond it, follows the power law between the two. The result is always within: where nothing was found,
+    it is 0. (Where the KL is not monotonic, as on a sphere once a step turns rows all around, some scale is found.)
 
     Args:
         kl: (L,) scales -> (L,) mean KL, nats; the same on every rank.
         guess_L: scales to begin with; those above 1 are cut.
         most: the limit r²/2 of the mean KL, nats.
-        rounds: at most; on a CPU it ends as soon as every router is done, on an accelerator nothing waits for that.
 
     Returns:
         η (L,) and ``kl(η)`` (L,).
     """
-    inside, kl_inside = torch.zeros_like(guess_L), torch.zeros_like(guess_L)
-    beyond = torch.full_like(guess_L, torch.inf)
+    inside = _Tried(torch.zeros_like(guess_L), torch.zeros_like(guess_L))
+    beyond = _Tried(torch.full_like(guess_L, torch.inf), torch.full_like(guess_L, torch.inf))
     eta = guess_L.clamp(max=1)
-    aim = most * (1 + CLOSE) / 2
-    for _ in range(rounds):
-        found = kl(eta)
-        within = found <= most  # NaN is not
-        better = within & (eta > inside)
-        inside, kl_inside = torch.where(better, eta, inside), torch.where(better, found, kl_inside)
-        beyond = torch.where(within, beyond, torch.minimum(eta, beyond))
-        done = (inside >= 1) | (kl_inside >= CLOSE * most) | (guess_L <= 0)
-        if readable(done) and bool(done.all()):
+    host = readable(guess_L)
+    # On an accelerator nothing waits for the news that every router is done.
+    for _ in range(MOST_ROUNDS if host else ROUNDS_UNSEEN):
+        tried = _Tried(eta, kl(eta))
+        within = tried.kl <= most  # NaN is not
+        inside = _chosen(within & (eta > inside.eta), tried, inside)
+        beyond = _chosen(~within & (eta < beyond.eta), tried, beyond)
+        done = (inside.eta >= 1) | (inside.kl >= CLOSE * most) | (guess_L <= 0)
+        if host and bool(done.all()):
             break
-        eta = torch.where(done, inside, _next(eta, found, aim, inside, beyond))
-    return inside, kl_inside
+        eta = torch.where(done, inside.eta, _next(inside, beyond, most * (1 + CLOSE) / 2))
+    return inside.eta, inside.kl
 
 
-def _next(eta: Tensor, found: Tensor, aim: Tensor, inside: Tensor, beyond: Tensor) -> Tensor:
-    """Return the next scales to try."""
-    # A step without any KL says nothing about how far it may go: ten times farther, then.
-    scaled = (eta * (aim / found.clamp_min(torch.finfo(found.dtype).tiny)).sqrt().clamp(max=10)).clamp(max=1)
-    middle = torch.where(beyond.isfinite(), torch.where(inside > 0, (inside * beyond).sqrt(), beyond / 10), 1)
-    return torch.where((scaled > inside) & (scaled < beyond), scaled, middle)
+class _Tried(NamedTuple):
+    """Scales that were tried, and what the KL was there."""
+
+    eta: Tensor
+    kl: Tensor
+
+
+def _chosen(which: Tensor, these: _Tried, others: _Tried) -> _Tried:
+    return _Tried(*(torch.where(which, a, b) for a, b in zip(these, others, strict=True)))
+
+
+def _next(inside: _Tried, beyond: _Tried, aim: Tensor) -> Tensor:
+    """Return the next scales to try: strictly between what is within and what is beyond, and at most 1."""
+    tiny = torch.finfo(aim.dtype).tiny
+    # From one side only: the square law, at most a factor of ten at a time (a KL of 0 says nothing of how far to go).
+    up = inside.eta * (aim / inside.kl.clamp_min(tiny)).sqrt().clamp(1.01, 10)
+    down = beyond.eta * (aim / beyond.kl).sqrt().nan_to_num(0.1).clamp(0.1, 0.99)
+    # From both: the power law through them, kept a tenth away from either.
+    width = (beyond.eta / inside.eta.clamp_min(tiny)).log()
+    rise = (beyond.kl / inside.kl.clamp_min(tiny)).log()
+    share = ((aim / inside.kl.clamp_min(tiny)).log() / rise).nan_to_num(0.5).clamp(0.1, 0.9)
+    between = inside.eta * torch.exp(share * width)
+    return torch.where(inside.eta == 0, down, torch.where(beyond.eta.isinf(), up, between)).clamp(max=1)

@@ -1,0 +1,72 @@
+"""What the tests of studies need: a tiny run, data that fail in given ways, and rows as a study writes them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.support.runs import TINY
+from trainers.data.planted import PlantedText
+from trainers.studies.runs import Run
+
+
+def tiny_run(key: str, *overrides: str, **labels: Any) -> Run:
+    return Run(key, [*TINY["language"], "loop.steps=12", "loop.warmup=2", *overrides], labels)
+
+
+def broken_data(name: str) -> str:
+    """The override that makes a run's data come from a function of this module."""
+    return f"data._target_={__name__}.{name}"
+
+
+def killed(**options: Any) -> PlantedText:
+    """Stands for the kernel's OOM killer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def killed_once(name: str, **options: Any) -> PlantedText:
+    """Killed the first time; ``name`` is the file that remembers."""
+    marker = Path(name)
+    if not marker.exists():
+        marker.touch()
+        killed()
+    return PlantedText(**options)
+
+
+def disk_full(**options: Any) -> PlantedText:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def region_row(
+    arm: str, multiplier: float, balance: float, seed: int, loss: float | None, dead: float = 0.0, **changes: Any
+) -> dict[str, Any]:
+    """A row of the region study; without a loss the run diverged."""
+    results = {} if loss is None else {"valid/loss": loss, "train/dead_share": dead}
+    return {
+        "study": "region",
+        "key": f"{arm}/x{multiplier:g}/balance{balance:g}/seed{seed}",
+        "labels": {"arm": arm, "multiplier": multiplier, "balance": balance},
+        "seed": seed,
+        "status": "diverged" if loss is None else "done",
+        "reason": "NaN or inf at step 3" if loss is None else None,
+        "results": results,
+        "warnings": [],
+        "data": "stdlib 0123",
+        "started": "2026-01-02T03:04:05Z",
+        "seconds": 20.0,
+        "commit": "abc",
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "hardware": {"cpu": "a processor", "cores": 2},
+        "command": "python -m trainers.stress region",
+        "overrides": [],
+        "configuration": {
+            "seed": seed,
+            "model": {"layers": 2, "dim": 96, "num_experts": 8, "top_k": 2},
+            "data": {"_target_": "stdlib", "batch_size": 8, "length": 128, "seed": seed},
+            "loop": {"steps": 390},
+        },
+    } | changes
