@@ -26,8 +26,9 @@ class NaturalConfig:
         limit_follows_lr: r shrinks with the learning rate: times ``lr / initial_lr``, at most 1, where the group has an
             ``initial_lr`` (every scheduler of torch sets it).
         momentum: of the natural gradients, a tangent vector that is carried along; bias-corrected.
-        second_moment: of their norms, as in Riemannian Adam; 0: none. It makes a step of every row equally long and so
-            gives up the invariance of the natural gradient.
+        second_moment: of their squared lengths in the Fisher metric. The momentum is divided by the root, so that its
+            length says how far the gradients agree: a step has length ``lr · limit`` where they do, less where they are
+            noise. 0: none, the plain natural gradient times ``lr``.
         damping: λ of either Kronecker factor, as a share of its mean eigenvalue.
         floor: part of λ_G that does not vanish with G, as a share of G's mean eigenvalue at uniform routing.
         decay: of the factors' averages, a step.

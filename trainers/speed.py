@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import moegeo_router as mg
 from moegeo_router.loggers import NullLogger
+from moegeo_router.observe.forward import LayerForward
 from trainers.data.base import Batch
 from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig, Trainer
@@ -185,16 +186,22 @@ def compare_experts(device: torch.device, num_experts: int, theirs: str, goal: f
 
 
 def _training_step(
-    device: torch.device, geometry: mg.GeometryConfig, batch_size: int
+    device: torch.device, geometry: mg.GeometryConfig, batch_size: int, dim: int = DIM
 ) -> tuple[LanguageModel, Callable[[], object], Batch]:
     """The demo model, a step of it by our trainer, and the batch of that step."""
     torch.manual_seed(0)
     data = PlantedText(alphabet=255, documents=200, batch_size=batch_size)
-    model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), length=data.length)
+    model = LanguageModel(
+        data.vocab_size,
+        functools.partial(mg.GeometricRouter, bias=False),
+        length=data.length,
+        dim=dim,
+        expert_hidden=2 * dim,
+    )
     trainer = Trainer(
         model.to(device),
         data,
-        adamw(model, routers="riemannian"),
+        adamw(model, routers=geometry.step),
         LoopConfig(),
         geometry=geometry,
         logger=NullLogger(),
@@ -254,6 +261,56 @@ def compare_watching(device: torch.device, batch_size: int = 16) -> Comparison:
     )
 
 
+def _natural_steps(
+    width: int, num_experts: int, layers: int, tokens: int, device: torch.device
+) -> Callable[[], object]:
+    """As many natural steps of a model's routers as lie between two inversions of the factors, one of them included."""
+    routers = nn.ModuleDict({f"router{i}": nn.Linear(width, num_experts, bias=False) for i in range(layers)}).to(device)
+    select = "router*"
+    mg.geometrize(routers, select=select)
+    optimizer = mg.NaturalGradient(routers, select=select)
+    x_TD = torch.randn(tokens, width, device=device)
+    seen = [LayerForward(layer=name, logits=router(x_TD).detach(), x=x_TD) for name, router in routers.items()]
+    for parameter in routers.parameters():
+        parameter.grad = torch.randn_like(parameter) / tokens
+
+    def steps() -> None:
+        for _ in range(mg.NaturalConfig().refresh_every):
+            for forward in seen:
+                optimizer.observe(forward)
+            optimizer.step()
+
+    steps()  # the first ones refresh more often
+    return steps
+
+
+def compare_natural_step(device: torch.device, width: int = 256, layers: int = 4, batch_size: int = 16) -> Comparison:
+    """All natural steps between two inversions against one training step of the model whose routers they are of."""
+    _, theirs, batch = _training_step(device, mg.GeometryConfig(), batch_size, width)
+    every = mg.NaturalConfig().refresh_every
+    return Comparison(
+        name=f"{every} natural steps (1 refresh) vs 1 training step, d={width}, 8 experts, {layers} layers",
+        ours=_natural_steps(width, 8, layers, batch.inputs.numel(), device),
+        theirs=theirs,
+        goal=1 / (0.03 * every),  # 3% of a training step
+    )
+
+
+def compare_wide_natural_step(device: torch.device, width: int = 1024, num_experts: int = 64) -> Comparison:
+    """The same at d = 1,024 against forward and backward of the one expert layer alone, a part of a training step."""
+    tokens, every = 8192, mg.NaturalConfig().refresh_every
+    layer = SwiGLUExperts(num_experts, width, width).to(device)
+    x_TD = torch.randn(tokens, width, device=device, requires_grad=True)
+    weights_TK, ids_TK = torch.randn(tokens, num_experts, device=device).softmax(dim=-1).topk(TOP_K)
+    inputs = (x_TD, *layer.parameters())
+    return Comparison(
+        name=f"{every} natural steps (1 refresh) vs 1 expert layer, d={width}, {num_experts} experts, {tokens} tokens",
+        ours=_natural_steps(width, num_experts, 1, tokens, device),
+        theirs=lambda: torch.autograd.grad(layer(x_TD, weights_TK, ids_TK).sum(), inputs),
+        goal=1 / (0.01 * every),  # 1% of a training step, of which that layer is the greater part
+    )
+
+
 def comparisons(device: torch.device) -> list[Comparison]:
     """All rows of the table, in order."""
     return [
@@ -264,6 +321,8 @@ def comparisons(device: torch.device) -> list[Comparison]:
         compare_training(device),
         compare_watching(device),
         compare_traces(device),
+        compare_natural_step(device),
+        compare_wide_natural_step(device),
     ]
 
 

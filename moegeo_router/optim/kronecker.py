@@ -109,6 +109,13 @@ class KroneckerFisher:
         solved_LBES = self._in_blocks(half_LED) @ self._inverse_A
         return solved_LBES.transpose(1, 2).flatten(2)[..., : self._width] + mean_L1D
 
+    def inner(self, gradient_LED: Tensor, solved_LED: Tensor) -> Tensor:
+        """Return ``Δᵀ (F + λ) Δ = ⟨∇, Δ⟩``, (L,): squared radians of a step; the mean over experts has none."""
+        product_L = (gradient_LED * solved_LED).sum(dim=(-2, -1))
+        if self._scores == "softmax":
+            product_L = product_L - self._experts * gradient_LED.mean(dim=-2).square().sum(dim=-1)
+        return product_L
+
     def _in_blocks(self, values_LND: Tensor) -> Tensor:
         missing = self._blocks * self._size - self._width
         padded = torch.nn.functional.pad(values_LND, (0, missing)) if missing else values_LND

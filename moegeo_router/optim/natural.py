@@ -86,7 +86,7 @@ class NaturalRule:
             "change": like.new_zeros(routers, experts, self._width + bias),
         }
         if config.second_moment:
-            self._tensors["norms"] = torch.zeros_like(self._tensors["momentum"])
+            self._tensors["length"] = like.new_zeros(routers)
         self.movement: Movement | None = None
 
     @property
@@ -109,8 +109,11 @@ class NaturalRule:
         active_L[list(idle)] = False
         rows = stack_rows(self.samples, point.weight, self._bias)
         self._update_fisher(rows)
-        delta_LED = self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0))
-        direction_LED = self._averaged(point, self._tangent(point, delta_LED), active_L)
+        slope_LED = torch.where(_wide(active_L), slope_LED, 0)
+        delta_LED = self._tangent(point, self._fisher.solve(slope_LED))
+        direction_LED = self._averaged(delta_LED, active_L)
+        if "length" in self._tensors:
+            direction_LED = self._normalized(direction_LED, self._fisher.inner(slope_LED, delta_LED), active_L, group)
         if self._scale is None:
             direction_LED = direction_LED + group["weight_decay"] * _joined(point)
         step_LED = torch.where(_wide(active_L), -self.rate(group) * direction_LED, 0)
@@ -148,11 +151,12 @@ class NaturalRule:
             sample.passes = entry["rows_seen"]
         self._fisher.invert()
 
-    def _limit(self, group: Mapping[str, Any]) -> float:
+    def _peak_limit(self, group: Mapping[str, Any]) -> float:
         limit = self.limit if self._scale is not None else group["limit"]
-        if limit is None:
-            return math.inf
-        return limit * (_schedule(group) if self._config.limit_follows_lr else 1.0)
+        return math.inf if limit is None else limit
+
+    def _limit(self, group: Mapping[str, Any]) -> float:
+        return self._peak_limit(group) * (_schedule(group) if self._config.limit_follows_lr else 1.0)
 
     def _update_fisher(self, rows: Rows) -> None:
         self._fisher.add(rows)
@@ -167,26 +171,26 @@ class NaturalRule:
         tangent_LED = self._manifold.proju(point.weight, delta_LED[..., : self._width])
         return torch.cat([tangent_LED, delta_LED[..., self._width :]], dim=-1)
 
-    def _averaged(self, point: Point, delta_LED: Tensor, active_L: Tensor) -> Tensor:
+    def _averaged(self, delta_LED: Tensor, active_L: Tensor) -> Tensor:
         """Take the natural gradients into the momentum, and return the direction it gives."""
-        beta, state, active = self._config.momentum, self._tensors, _wide(active_L)
+        beta, state = self._config.momentum, self._tensors
         state["count"] += active_L
-        count = _wide(state["count"].clamp_min(1))
-        state["momentum"] = torch.where(active, beta * state["momentum"] + (1 - beta) * delta_LED, state["momentum"])
-        direction_LED = state["momentum"] / (1 - beta**count)
-        if "norms" not in state:
-            return direction_LED
-        beta = self._config.second_moment
-        norms = beta * state["norms"] + (1 - beta) * self._squared_norms(point, delta_LED)
-        state["norms"] = torch.where(active, norms, state["norms"])
-        return direction_LED / ((state["norms"] / (1 - beta**count)).sqrt() + 1e-8)
+        state["momentum"] = _faded(state["momentum"], delta_LED, beta, _wide(active_L))
+        return state["momentum"] / (1 - beta ** _wide(state["count"].clamp_min(1)))
 
-    def _squared_norms(self, point: Point, delta_LED: Tensor) -> Tensor:
-        """Return the squared norms on the manifold, of coordinates, rows or matrices, spread over their coordinates."""
-        weight_LED, bias_LE1 = delta_LED[..., : self._width], delta_LED[..., self._width :]
-        square_LED = self._manifold.inner(point.weight, weight_LED, keepdim=True).expand_as(weight_LED)
-        alone = self._manifold.ndim == 0  # every coordinate has its own norm
-        return torch.cat([square_LED, bias_LE1.square() if alone else square_LED[..., : bias_LE1.shape[-1]]], dim=-1)
+    def _normalized(
+        self, direction_LED: Tensor, length_L: Tensor, active_L: Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the direction over the running length of the natural gradients: the limit is its length, if it lasts.
+
+        Lengths are in the Fisher metric, ``√(Δᵀ F Δ) = √⟨∇, Δ⟩`` radians, and so in no coordinates.
+        """
+        beta, state = self._config.second_moment, self._tensors
+        state["length"] = _faded(state["length"], length_L.clamp_min(0), beta, active_L)
+        mean_L = state["length"] / (1 - beta ** state["count"].clamp_min(1))
+        limit = self._peak_limit(group)
+        unit_L = (1.0 if math.isinf(limit) else limit) / mean_L.sqrt().clamp_min(torch.finfo(mean_L.dtype).tiny)
+        return direction_LED * _wide(unit_L)
 
     def _limited(self, point: Point, step_LED: Tensor, rows: Rows, limit: float) -> Point:
         """Return where the largest allowed part of a step leads."""
@@ -250,6 +254,10 @@ def _chosen(which_L: Tensor, these: Point, others: Point) -> Point:
     if these.bias is not None and others.bias is not None:
         bias = torch.where(which_L.unsqueeze(-1), these.bias, others.bias)
     return Point(torch.where(_wide(which_L), these.weight, others.weight), bias)
+
+
+def _faded(average: Tensor, values: Tensor, beta: float, active: Tensor) -> Tensor:
+    return torch.where(active, beta * average + (1 - beta) * values, average)
 
 
 def _wide(values_L: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..config import NaturalConfig
 from ..observe.build import unwrapped
+from ..observe.forward import LayerForward
 from ..observe.taps import LayerTap
 from ..observe.tokens import TokenTap
 from ..routers.find import RouterSite, Select, find_routers
@@ -123,6 +124,15 @@ class NaturalGradient(Optimizer):
                 stack.give_back()
         return loss
 
+    def observe(self, seen: LayerForward) -> None:
+        """Take what a step needs of one forward pass of a router; its hooks do that by themselves.
+
+        Raises:
+            ValueError: the logits are not ``x Wᵀ + b``.
+        """
+        for rules in self._rules:
+            rules.observe(seen)
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for tap in self._taps:
@@ -173,12 +183,8 @@ class NaturalGradient(Optimizer):
         tokens = TokenTap(model, {site.name for site in sites}, lambda _: None, _raise)
         return [
             tokens,
-            *(LayerTap(site, None, None, tokens, self._observe, _raise, lambda: True) for site in sites),
+            *(LayerTap(site, None, None, tokens, self.observe, _raise, lambda: True) for site in sites),
         ]
-
-    def _observe(self, seen: Any) -> None:
-        for rules in self._rules:
-            rules.observe(seen)
 
 
 def group_alike(sites: Sequence[RouterSite]) -> dict[tuple[object, ...], list[list[RouterSite]]]:

@@ -85,12 +85,13 @@ def test_a_step_within_the_limit_is_left_alone():
     assert torch.equal(limited.router.weight, free.router.weight)
 
 
+@pytest.mark.parametrize("second_moment", [0.0, 0.95])
 @pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_the_scale_of_the_loss_does_not_change_a_limited_step(manifold):
+def test_the_scale_of_the_loss_does_not_change_a_limited_step(manifold, second_moment):
     x = inputs("random")
     models = [Router(manifold=manifold, bias=True) for _ in range(2)]
     for model, scale in zip(models, (1.0, 1e4), strict=True):
-        optimizer = mg.NaturalGradient(model, limit=0.01, lr=1e4)
+        optimizer = mg.NaturalGradient(model, limit=0.01, lr=1e4, second_moment=second_moment)
         for seed in range(3):
             one_step(model, optimizer, inputs("random", seed=seed), scale)
             assert float(optimizer.movement.limited) == 1
@@ -148,7 +149,7 @@ def after_a_step(make, steps: int = 1) -> tuple[Tensor, Tensor]:
     return probabilities(plain, x), probabilities(other, y)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"limit": 0.02}])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"limit": 0.02}, {"limit": 0.02, "second_moment": 0.9}])
 def test_the_step_does_not_depend_on_the_coordinates_of_the_input(options):
     p, q = after_a_step(lambda model: mg.NaturalGradient(model, lr=0.5, **PLAIN | options), steps=3)
     assert float((p - q).abs().max()) < 1e-8
@@ -209,34 +210,56 @@ def test_momentum_is_carried_along_the_manifold(manifold):
         assert ok, reason
 
 
-def test_the_second_moment_makes_steps_of_equal_length():
-    lengths = []
-    for scale in (1.0, 1e3):
-        model = Router(manifold="polar")
-        before = model.router.weight.detach().clone()
-        optimizer = mg.NaturalGradient(model, limit=None, lr=0.01, momentum=0.0, second_moment=0.999)
-        one_step(model, optimizer, inputs("random"), scale)
-        lengths.append(model.router.weight.manifold.dist(before, model.router.weight.detach()))
-    # The first step of Adam has length lr, in the manifold's norm of each row.
-    torch.testing.assert_close(torch.stack(lengths), torch.full((2, 6), 0.01, dtype=torch.float64), rtol=1e-5, atol=0)
+def test_the_second_moment_makes_the_limit_the_length_of_a_step_in_the_fisher_metric():
+    """The first step has length lr · limit in F = G ⊗ A, whatever the scale of the loss."""
+    for scale in (1.0, 1e6):
+        model, x = Router(), inputs("random")
+        before, p = model.router.weight.detach().clone(), probabilities(Router(), inputs("random"))
+        options = PLAIN | {"limit": 0.01, "second_moment": 0.9}
+        one_step(model, mg.NaturalGradient(model, lr=0.5, **options), x, scale)
+        change = (model.router.weight.detach() - before).flatten()
+        F = torch.kron(torch.diag(p.mean(0)) - p.T @ p / len(p), x.T @ x / len(x))
+        assert float(change @ F @ change) ** 0.5 == pytest.approx(0.5 * 0.01, rel=1e-6)
 
 
-def test_the_second_moment_of_euclidean_rows_is_adams_on_natural_gradients():
+def test_the_second_moment_is_a_bias_corrected_average_of_squared_lengths():
     model, plain = Router(bias=True), Router(bias=True)
-    optimizer = mg.NaturalGradient(model, lr=0.1, **PLAIN | {"momentum": 0.8, "second_moment": 0.9})
+    options = PLAIN | {"momentum": 0.8, "second_moment": 0.9}  # no limit: lr is in radians
+    optimizer = mg.NaturalGradient(model, lr=0.02, **options)
     single = mg.NaturalGradient(plain, lr=1.0, **PLAIN)
-    theirs = Router(bias=True)
-    adam = torch.optim.Adam(theirs.parameters(), lr=0.1, betas=(0.8, 0.9), eps=1e-8)
-    for seed in range(3):
-        x = inputs("random", seed=seed)
+    average, square = torch.zeros(6, 17, dtype=torch.float64), 0.0
+    for step in range(1, 4):
+        x = inputs("random", seed=step)
         plain.load_state_dict(model.state_dict())
+        before = torch.cat([p.detach().reshape(6, -1) for p in model.parameters()], 1)
         one_step(plain, single, x)
-        for parameter, before, after in zip(theirs.parameters(), model.parameters(), plain.parameters(), strict=True):
-            parameter.grad = (before - after).detach()
-        adam.step()
+        natural = before - torch.cat([p.detach().reshape(6, -1) for p in plain.parameters()], 1)
+        gradient = torch.cat([p.grad.reshape(6, -1) for p in plain.parameters()], 1)
+        average = 0.8 * average + 0.2 * natural
+        square = 0.9 * square + 0.1 * float((gradient * natural).sum())
+        direction = average / (1 - 0.8**step) / math.sqrt(square / (1 - 0.9**step))
         one_step(model, optimizer, x)
-        for ours, expected in zip(model.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+        after = torch.cat([p.detach().reshape(6, -1) for p in model.parameters()], 1)
+        torch.testing.assert_close(after, before - 0.02 * direction, rtol=0, atol=1e-9)
+
+
+def test_noise_makes_shorter_steps_than_gradients_that_agree():
+    def moved(agree: bool) -> float:
+        model = Router(manifold="polar")
+        optimizer = mg.NaturalGradient(model, limit=0.01, second_moment=0.95)
+        g = torch.Generator().manual_seed(0)
+        total = 0.0
+        fixed = torch.randn(400, 6, generator=g, dtype=torch.float64)
+        for seed in range(30):
+            optimizer.zero_grad()
+            slope = fixed if agree else torch.randn(400, 6, generator=g, dtype=torch.float64)
+            (model(inputs("random")) * slope).mean().backward()
+            optimizer.step()
+            total += float(optimizer.movement.moved) * (seed >= 10)
+        return total / 20
+
+    assert moved(True) > 0.009
+    assert moved(False) < 0.5 * moved(True)
 
 
 @pytest.mark.parametrize("manifold", ["polar", None])
