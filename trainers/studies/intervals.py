@@ -1,0 +1,89 @@
+"""Means over seeds with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and its confidence interval.
+
+    Attributes:
+        mean: the mean.
+        half_width: of Student's interval; NaN for a single value, of which nothing can be said.
+        n: how many values.
+        lowest: the least a value can be, where the interval is cut.
+        highest: the most.
+    """
+
+    mean: float
+    half_width: float
+    n: int
+    lowest: float = -math.inf
+    highest: float = math.inf
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return max(self.lowest, self.mean - self.half_width) if self.n > 1 else math.nan
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return min(self.highest, self.mean + self.half_width) if self.n > 1 else math.nan
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the mean of independent values with Student's confidence interval.
+
+    Args:
+        values: one or more, e.g. of different seeds.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: no values, or a confidence outside of 0 … 1.
+    """
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # geoopt brings scipy; only reports need it
+
+    if not values or not 0 < confidence < 1:
+        raise ValueError(f"expected values and 0 < confidence < 1, got {len(values)} values and {confidence}")
+    n = len(values)
+    half_width = stdtrit(n - 1, 0.5 + confidence / 2) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean=fmean(values), half_width=float(half_width), n=n)
+
+
+def share_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the mean of shares, each in 0 … 1, with Student's interval cut there.
+
+    Args:
+        values: as in ``mean_interval``.
+        confidence: as in ``mean_interval``.
+
+    Raises:
+        ValueError: as in ``mean_interval``, or a value outside of 0 … 1.
+    """
+    if any(not 0 <= value <= 1 for value in values):
+        raise ValueError(f"expected shares in 0 … 1, got {min(values)} … {max(values)}")
+    found = mean_interval(values, confidence)
+    return Interval(mean=found.mean, half_width=found.half_width, n=found.n, lowest=0.0, highest=1.0)
+
+
+def paired_difference(
+    ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float = 0.95
+) -> Interval | None:
+    """Return the mean of ours - theirs over the seeds both have: what the seeds share cancels out.
+
+    Args:
+        ours: values by seed.
+        theirs: values by seed.
+        confidence: as in ``mean_interval``.
+
+    Returns:
+        The difference; None if no seed is in both.
+    """
+    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    return mean_interval(differences, confidence) if differences else None

@@ -1,0 +1,50 @@
+"""Where a row comes from: commit, versions, hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import moegeo_router as mg
+
+ROOT = Path(__file__).parents[2]
+
+#: What decides the numbers: a change elsewhere (a report, the rows themselves) leaves the commit clean.
+CODE = ("moegeo_router", "trainers", "configs")
+
+
+def origin() -> dict[str, Any]:
+    """Return ``commit``, ``versions`` and ``hardware`` of what runs here, plain JSON."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "geoopt")}
+    return {
+        "commit": commit(ROOT),
+        "versions": {"python": platform.python_version(), **versions, "moegeo_router": mg.__version__},
+        "hardware": {"cpu": cpu_model(), "cores": os.cpu_count()},
+    }
+
+
+def commit(root: Path) -> str:
+    """Return the git commit of a working tree, with ``-dirty`` if its code was changed; ``unknown`` outside of git."""
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("-dirty" if _git(root, "status", "--porcelain", "--", *CODE) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as well as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

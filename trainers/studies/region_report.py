@@ -1,0 +1,115 @@
+"""The report of the stable-region study: tables and one figure, from its rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from trainers.studies.intervals import mean_interval, paired_difference
+from trainers.studies.region import REFERENCE
+from trainers.studies.region_figure import write_figure
+from trainers.studies.region_grid import Grid, grid_of, with_half_width
+from trainers.studies.rows import Row
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write ``region.md`` and ``region.png``.
+
+    Args:
+        rows: one or more.
+        folder: an existing folder.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        StudyError: as in ``grid_of``.
+    """
+    grid = grid_of(rows)
+    text, picture = folder / "region.md", folder / "region.png"
+    text.write_text("\n".join([*_head(rows, grid), *_tables(grid), *_reasons(rows)]) + "\n")
+    write_figure(grid, picture)
+    return [text, picture]
+
+
+def _head(rows: Sequence[Row], grid: Grid) -> Iterator[str]:
+    config = rows[0]["configuration"]
+    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
+    dates = sorted({row["started"][:10] for row in rows})
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    model, data, steps = config["model"], config["data"], config["loop"]["steps"]
+    tokens = steps * data["batch_size"] * data["length"]
+    yield from (
+        "# Stable region",
+        "",
+        "How far the learning rate of the routers can be raised, with each way of stepping them, before experts die.",
+        "",
+        "![validation loss and dead experts by multiplier](region.png)",
+        "",
+        *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
+        f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
+        f"- commit: {', '.join(_unique(row['commit'] for row in rows))}",
+        f"- hardware: {'; '.join(machines)}; one thread a run; {versions}",
+        f"- seeds: {grid.seeds}; {len(rows)} runs of {tokens:,} tokens ({steps} steps), "
+        f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
+        f"- model: {model['layers']} layers, width {model['dim']}, {model['num_experts']} experts, "
+        f"top-{model['top_k']}; data {rows[0]['data'] or data['_target_']}",
+        "",
+        "A multiplier is that of the routers' learning rate; all else stays. A cell is the mean validation loss (nats "
+        "a token) over seeds ± the half-width of Student's 95% interval, and in brackets the share of dead experts "
+        "(under a tenth of the fair share of a step's load) over all layers and the last 20 training steps. Runs that "
+        "diverged (NaN or inf) are counted and not in the mean; - is a cell without runs. "
+        "The figure's loss axis is cut where arms fail.",
+    )
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _tables(grid: Grid) -> Iterator[str]:
+    for balance in grid.balances:
+        yield from ("", f"## Balance weight {balance:g}", "")
+        yield from _losses(grid, balance)
+        yield from ("", *_differences(grid, balance))
+
+
+def _losses(grid: Grid, balance: float) -> Iterator[str]:
+    return _table(grid, lambda arm, multiplier: grid.cell(balance, arm, multiplier).text(grid.seeds))
+
+
+def _differences(grid: Grid, balance: float) -> Iterator[str]:
+    best = grid.best(balance, REFERENCE)
+    if best is None:
+        yield f"No run of {REFERENCE} to compare with."
+        return
+    reference = grid.cell(balance, REFERENCE, best).loss
+    yield from (
+        f"Validation loss less that of {REFERENCE} at its best multiplier here, ×{best:g} "
+        f"({with_half_width(mean_interval([*reference.values()]))}), paired over seeds, with the 95% interval and "
+        "the number of pairs; below 0 is better. The best multiplier was chosen on these same runs, which favours "
+        f"{REFERENCE}; the intervals are of single cells, not corrected for their number.",
+        "",
+    )
+    yield from _table(grid, lambda arm, multiplier: _difference(grid.cell(balance, arm, multiplier).loss, reference))
+
+
+def _table(grid: Grid, text: Callable[[str, float], str]) -> Iterator[str]:
+    yield f"| arm | {' | '.join(f'×{multiplier:g}' for multiplier in grid.multipliers)} |"
+    yield f"|---|{'---|' * len(grid.multipliers)}"
+    for arm in grid.arms:
+        yield f"| {arm} | {' | '.join(text(arm, multiplier) for multiplier in grid.multipliers)} |"
+
+
+def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    if ours == theirs:
+        return "0"
+    difference = paired_difference(ours, theirs)
+    return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
+
+
+def _reasons(rows: Sequence[Row]) -> Iterator[str]:
+    lost = [row for row in rows if row["status"] != "done"]
+    if lost:
+        yield from ("", "## Runs without a result", "")
+        yield from (f"- {row['key']}: {row['status']}, {row['reason']}" for row in lost)

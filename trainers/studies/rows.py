@@ -1,0 +1,154 @@
+"""The rows file of a study: one JSON object a finished run, complete up to the last row whenever it is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainers.studies.runs import StudyError
+from trainers.train import FREE_KEYS
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, without a last one that was torn by a kill; none if there is no file.
+
+    Raises:
+        StudyError: another line is not a row.
+    """
+    return _read(path)[0] if path.exists() else []
+
+
+def _read(path: Path) -> tuple[list[Row], int]:
+    """Return the rows and how many bytes they are."""
+    rows, size = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not line.endswith(b"\n"):
+                break  # being written when the study was killed
+            if not isinstance(row, dict) or not {"study", "key", "status", "configuration"} <= row.keys():
+                raise StudyError(f"{path}, line {number}: expected a row of a study, got {line[:60]!r}")
+            rows.append(row)
+            size += len(line)
+    return rows, size
+
+
+class RowsFile:
+    """A rows file that is being written; only one study at a time can.
+
+    Args:
+        path: the file; missing parent folders are made.
+        fresh: begin anew; the former file is kept beside it as ``NAME.old.jsonl``.
+        retry_failed: drop the rows of failed runs, so that they are run again.
+
+    Raises:
+        StudyError: another process writes here, or a line is not a row.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False, retry_failed: bool = False) -> None:
+        self.path, self.notes = path, list[str]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path.parent, os.O_RDONLY)  # the folder, because the file itself may be replaced
+        try:
+            self._take_lock()
+            if fresh and path.exists():
+                os.replace(path, path.with_suffix(f".old{path.suffix}"))
+            path.touch()
+            self.rows = self._repaired()
+            if retry_failed and any(row["status"] == "failed" for row in self.rows):
+                self._keep([row for row in self.rows if row["status"] != "failed"])
+            self._file = path.open("ab", buffering=0)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"another study is writing to {self.path.parent}: wait, or take another --out") from None
+
+    def _repaired(self) -> list[Row]:
+        rows, size = _read(self.path)
+        if size < self.path.stat().st_size:
+            os.truncate(self.path, size)
+            self.notes.append(f"{self.path}: the last row was torn by a kill and is dropped")
+        return rows
+
+    def _keep(self, rows: list[Row]) -> None:
+        shorter = self.path.with_name(self.path.name + ".partial")
+        with shorter.open("wb") as file:
+            file.writelines(map(_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(shorter, self.path)
+        self.rows = rows
+
+    def append(self, row: Row) -> None:
+        """Write one row, whole or not at all.
+
+        Raises:
+            OSError: as from the file system, e.g. the disk is full.
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        data = memoryview(_line(row))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self.rows.append(row)
+
+    def __enter__(self) -> RowsFile:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file and let others write."""
+        self._file.close()
+        os.close(self._lock)
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def changed_settings(config: Mapping[str, Any], overrides: Sequence[str], row: Row) -> list[str]:
+    """Return how the configuration of a run differs from that of its row: ``"loop.steps: 390 then, 40 now"`` ….
+
+    Args:
+        config: the run's, now.
+        overrides: the run's, now.
+        row: of the same key.
+    """
+    now, then = _flat(config), _flat(row["configuration"])
+    # A key that came later did not exist then, and has its default unless this very run sets it.
+    keys = then.keys() if list(overrides) == row["overrides"] else then.keys() | now.keys()
+    return [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(keys)
+        if then.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

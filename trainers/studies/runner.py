@@ -1,0 +1,160 @@
+"""The runner: the runs of a study side by side, a row for each, continued where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers.studies.origin import origin
+from trainers.studies.rows import Row, RowsFile, changed_settings
+from trainers.studies.runs import Run, StudyError, configurations
+from trainers.studies.workers import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is run and how.
+
+    Attributes:
+        name: of the study, in every row.
+        runs: in the order in which they begin: seeds outermost, so that a study that is stopped has whole seeds.
+        path: the rows file.
+        command: that was typed, for the report.
+        processes: worker processes side by side, one thread each.
+        fresh: begin anew even if there are rows.
+        retry_failed: run failed runs again.
+
+    Raises:
+        StudyError: two runs of one key, or no process.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    path: Path
+    command: str
+    processes: int = 2
+    fresh: bool = False
+    retry_failed: bool = False
+
+    def __post_init__(self) -> None:
+        keys = [run.key for run in self.runs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise StudyError(f"two runs of the study {self.name} are called {twice}")
+        if self.processes < 1:
+            raise StudyError(f"processes must be at least 1, got {self.processes}")
+
+
+def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
+    """Train all runs that have no row yet; write a row for each as it finishes.
+
+    Args:
+        study: what to run.
+        say: takes the lines for the terminal.
+
+    Returns:
+        All rows of the file.
+
+    Raises:
+        StudyError: a configuration that cannot be, rows of other settings, another study writing there, a full disk.
+        KeyboardInterrupt: Ctrl-C, after saying how to continue.
+    """
+    configs = configurations(study.runs)
+    with RowsFile(study.path, fresh=study.fresh, retry_failed=study.retry_failed) as file:
+        for note in file.notes:
+            say(note)
+        there = _finished(study, configs, file.rows)
+        missing = [index for index, run in enumerate(study.runs) if run.key not in there]
+        say(f"{study.name}: {len(study.runs)} runs, {len(there)} of them done before; rows in {study.path}")
+        try:
+            _train(study, [(study.runs[index], configs[index]) for index in missing], file, len(there), say)
+        except KeyboardInterrupt:
+            done = len({run.key for run in study.runs} & {row["key"] for row in file.rows})
+            say(f"stopped; {done} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
+            raise
+        failed = sum(row["status"] == "failed" for row in file.rows)
+        if failed:
+            say(f"{failed} runs failed, their rows say why; --retry-failed runs them again")
+        return file.rows
+
+
+def _continue(study: Study) -> str:
+    return f"The same command{' without --fresh' if study.fresh else ''} continues."
+
+
+def _finished(study: Study, configs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> set[str]:
+    """Return the keys of the runs that have rows."""
+    by_key = {row["key"]: row for row in rows}
+    for row in rows:
+        if row["study"] != study.name:
+            raise StudyError(f"{study.path} holds rows of the study {row['study']}: take another --out")
+    for run, config in zip(study.runs, configs, strict=True):
+        if run.key in by_key and (changed := changed_settings(config, run.overrides, by_key[run.key])):
+            raise StudyError(
+                f"{study.path} holds {run.key} with other settings ({'; '.join(changed[:3])}): "
+                "take another --out, or --fresh to begin anew"
+            )
+    return {run.key for run in study.runs if run.key in by_key}
+
+
+def _train(
+    study: Study, tasks: Sequence[tuple[Run, dict[str, Any]]], file: RowsFile, before: int, say: Callable[[str], None]
+) -> None:
+    common, began = origin(), time.monotonic()
+    with (
+        _temporary_folder(study.path) as folder,
+        Workers([config for _, config in tasks], study.processes, folder) as w,
+    ):
+        for done, (index, outcome) in enumerate(w.outcomes(), start=1):
+            run, config = tasks[index]
+            row = {
+                "study": study.name,
+                "key": run.key,
+                "labels": dict(run.labels),
+                "seed": config["seed"],
+                **outcome,
+                **common,
+                "command": study.command,
+                "overrides": list(run.overrides),
+                "configuration": config,
+            }
+            try:
+                file.append(row)
+            except OSError as error:
+                raise StudyError(
+                    f"cannot write to {study.path}: {error.strerror}; the rows before are whole. {_continue(study)}"
+                ) from None
+            left = (time.monotonic() - began) / done * (len(tasks) - done)
+            say(f"[{before + done}/{before + len(tasks)}] {_line(row)}; {_duration(left)} left")
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder for the runs' files; its name is the study's, so that what a killed study left is removed here."""
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"moegeo-study-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _line(row: Row) -> str:
+    found = row["results"]
+    if row["status"] != "done":
+        return f"{row['key']}: {row['status']}, {row['reason']}"
+    dead = "" if found.get("train/dead_share") is None else f", {found['train/dead_share']:.0%} dead"
+    return f"{row['key']}: loss {found['valid/loss']:.4f}{dead}, {row['seconds']:.0f} s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
