@@ -103,16 +103,17 @@ def test_a_run_on_the_device_resumes_where_it_stopped(precision, tmp_path):
     assert again == pytest.approx(losses[4:], rel=1e-3)
 
 
-def test_attach_counts_on_the_device_as_on_the_cpu_and_never_waits_for_it():
+@pytest.mark.parametrize("step", ["riemannian", "natural"])
+def test_attach_counts_on_the_device_as_on_the_cpu_and_never_waits_for_it(step):
     data = PlantedText(documents=100, batch_size=8, length=64)
-    found = {}
+    found, taken = {}, step
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = LanguageModel(data.vocab_size, functools.partial(mg.GeometricRouter, bias=False), dim=64, length=64)
         model.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         weights = mg.Regularizers(fsi=0.1, fhs=0.1, dispersion=0.1, information=0.1, balance=0.1, z=1e-4)
-        config = mg.GeometryConfig(on_error="raise", regularizers=weights, num_domains=len(data.domains))
+        config = mg.GeometryConfig(on_error="raise", regularizers=weights, num_domains=len(data.domains), step=taken)
         geometry = mg.attach(model, optimizer, config)
         batches = [data.train_batch(step).to(torch.device(device)) for step in range(6)]
         for step, batch in enumerate(batches):

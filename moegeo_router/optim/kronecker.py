@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..geometry.simplex import readable
 from ..observe.statistics import world_size
 from ..routers.gating import ScoreFunction
 from .divergence import routing_fisher
@@ -109,13 +110,6 @@ class KroneckerFisher:
         solved_LBES = self._in_blocks(half_LED) @ self._inverse_A
         return solved_LBES.transpose(1, 2).flatten(2)[..., : self._width] + mean_L1D
 
-    def inner(self, gradient_LED: Tensor, solved_LED: Tensor) -> Tensor:
-        """Return ``Δᵀ (F + λ) Δ = ⟨∇, Δ⟩``, (L,): squared radians of a step; the mean over experts has none."""
-        product_L = (gradient_LED * solved_LED).sum(dim=(-2, -1))
-        if self._scores == "softmax":
-            product_L = product_L - self._experts * gradient_LED.mean(dim=-2).square().sum(dim=-1)
-        return product_L
-
     def _in_blocks(self, values_LND: Tensor) -> Tensor:
         missing = self._blocks * self._size - self._width
         padded = torch.nn.functional.pad(values_LND, (0, missing)) if missing else values_LND
@@ -134,10 +128,9 @@ def _inverse(matrices: Tensor) -> Tensor:
     if matrices.shape[-1] == 1:
         return matrices.reciprocal()
     # Not cholesky, whose check of success would make an accelerator wait.
-    factor, _ = torch.linalg.cholesky_ex(matrices)
-    try:
-        return torch.cholesky_inverse(factor)
-    except torch.linalg.LinAlgError:
-        raise ValueError(
-            "a factor of the routing's Fisher information is singular: set natural.damping above 0"
-        ) from None
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    if readable(failed) and bool(failed.any()):
+        raise ValueError("a factor of the routing's Fisher information is singular: set natural.damping above 0")
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    root = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return root.mT @ root

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..config import NaturalConfig
 from ..observe.statistics import world_size
 from ..routers.gating import ScoreFunction
-from .divergence import Divergence
+from .kept import KeptRouting
 from .kronecker import KroneckerFisher
 from .point import Point
 from .rows import Rows, RowSample, stack_rows
@@ -106,18 +105,21 @@ class NaturalRule:
         """
         slope_LED = _joined(gradient)
         active_L = slope_LED.isfinite().all(dim=-1).all(dim=-1)
-        active_L[list(idle)] = False
+        for index in idle:
+            active_L[index] = False
         rows = stack_rows(self.samples, point.weight, self._bias)
+        kept = KeptRouting(rows, self._scores, self._group)
         self._update_fisher(rows)
-        slope_LED = torch.where(_wide(active_L), slope_LED, 0)
-        delta_LED = self._tangent(point, self._fisher.solve(slope_LED))
+        delta_LED = self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0))
+        delta_LED = self._tangent(point, delta_LED)
         direction_LED = self._averaged(delta_LED, active_L)
         if "length" in self._tensors:
-            direction_LED = self._normalized(direction_LED, self._fisher.inner(slope_LED, delta_LED), active_L, group)
+            squared_L = kept.squared_length(delta_LED)
+            direction_LED = self._normalized(direction_LED, squared_L, self._peak_limit(group), active_L)
         if self._scale is None:
             direction_LED = direction_LED + group["weight_decay"] * _joined(point)
         step_LED = torch.where(_wide(active_L), -self.rate(group) * direction_LED, 0)
-        after = self._limited(point, step_LED, rows, self._limit(group))
+        after = self._limited(point, step_LED, kept, self._limit(group))
         momentum = self._tensors["momentum"]
         carried = self._manifold.transp(point.weight, after.weight, momentum[..., : self._width])
         momentum[..., : self._width] = torch.where(_wide(active_L), carried, momentum[..., : self._width])
@@ -178,48 +180,36 @@ class NaturalRule:
         state["momentum"] = _faded(state["momentum"], delta_LED, beta, _wide(active_L))
         return state["momentum"] / (1 - beta ** _wide(state["count"].clamp_min(1)))
 
-    def _normalized(
-        self, direction_LED: Tensor, length_L: Tensor, active_L: Tensor, group: Mapping[str, Any]
-    ) -> Tensor:
-        """Return the direction over the running length of the natural gradients: the limit is its length, if it lasts.
+    def _normalized(self, direction_LED: Tensor, squared_L: Tensor, limit: float, active_L: Tensor) -> Tensor:
+        """Return the direction over the root of the natural gradients' mean squared length, times the limit.
 
-        Lengths are in the Fisher metric, ``√(Δᵀ F Δ) = √⟨∇, Δ⟩`` radians, and so in no coordinates.
+        Lengths are in the Fisher metric, and so in no coordinates: where gradients agree the result is as long as the
+        limit, where they are noise it is shorter.
         """
         beta, state = self._config.second_moment, self._tensors
-        state["length"] = _faded(state["length"], length_L.clamp_min(0), beta, active_L)
+        state["length"] = _faded(state["length"], squared_L, beta, active_L)
         mean_L = state["length"] / (1 - beta ** state["count"].clamp_min(1))
-        limit = self._peak_limit(group)
         unit_L = (1.0 if math.isinf(limit) else limit) / mean_L.sqrt().clamp_min(torch.finfo(mean_L.dtype).tiny)
         return direction_LED * _wide(unit_L)
 
-    def _limited(self, point: Point, step_LED: Tensor, rows: Rows, limit: float) -> Point:
+    def _limited(self, point: Point, step_LED: Tensor, kept: KeptRouting, limit: float) -> Point:
         """Return where the largest allowed part of a step leads."""
-        divergence = Divergence(rows.z, rows.weight, self._scores)
-        x_LDN = rows.x.mT
-        # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
-        dz_LEN = self._tensors["change"] @ x_LDN
-        before = Divergence(rows.z - dz_LEN, rows.weight, self._scores)
-        asked = torch.stack([rows.weight.sum(dim=-1), divergence.quadratic_sums(step_LED @ x_LDN), before.sums(dz_LEN)])
-        tokens_L, quadratic_L, again_L = self._over_ranks(asked)
-
-        def mean(sums_L: Tensor) -> Tensor:
-            return torch.where(tokens_L > 0, sums_L / tokens_L.clamp_min(1), torch.inf)
 
         def kl(eta_L: Tensor) -> Tensor:
-            change_LED = self._change(point, self._moved(point, _wide(eta_L) * step_LED))
-            return mean(self._over_ranks(divergence.sums(change_LED @ x_LDN)))
+            return kept.kl(self._change(point, self._moved(point, _wide(eta_L) * step_LED)))
 
-        most = tokens_L.new_tensor(limit**2 / 2)
+        most = torch.full_like(step_LED[:, 0, 0], limit**2 / 2)
         standing = (step_LED == 0).all(dim=-1).all(dim=-1)
-        guess_L = torch.where(standing, 0, (0.98 * most / mean(quadratic_L)).sqrt().nan_to_num(1.0, posinf=1.0))
-        eta_L, kl_L = largest_step(kl, guess_L, most)
+        guess_L = (0.98 * 2 * most / kept.squared_length(step_LED)).sqrt().nan_to_num(1.0, posinf=1.0)
+        eta_L, kl_L = largest_step(kl, torch.where(standing, 0, guess_L), most[0])
         after = _chosen(eta_L > 0, self._moved(point, _wide(eta_L) * step_LED), point)
-        self._tensors["change"] = self._change(point, after)
-        first = self._tensors["count"] <= 1
+        last, self._tensors["change"] = self._tensors["change"], self._change(point, after)
+        # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
+        moved_next = (2 * kept.kl_of_the_last(last)).sqrt()
         self.movement = Movement(
             limit=torch.full_like(kl_L, limit),
             moved=(2 * kl_L).sqrt(),
-            moved_next=torch.where(first, torch.nan, (2 * mean(again_L)).sqrt()),
+            moved_next=torch.where(self._tensors["count"] <= 1, torch.nan, moved_next),
             limited=((eta_L < 1) & ~standing).to(kl_L),
         )
         return after
@@ -231,11 +221,6 @@ class NaturalRule:
 
     def _change(self, before: Point, after: Point) -> Tensor:
         return _joined(after) - _joined(before)
-
-    def _over_ranks(self, sums: Tensor) -> Tensor:
-        if world_size(self._group) > 1:
-            dist.all_reduce(sums, group=self._group)
-        return sums
 
 
 def _schedule(group: Mapping[str, Any]) -> float:

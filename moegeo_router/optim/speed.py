@@ -40,7 +40,7 @@ def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) 
     eta = guess_L.clamp(max=1)
     host = readable(guess_L)
     # On an accelerator nothing waits for the news that every router is done.
-    for _ in range(MOST_ROUNDS if host else ROUNDS_UNSEEN):
+    for turn in range(MOST_ROUNDS if host else ROUNDS_UNSEEN):
         tried = _Tried(eta, kl(eta))
         within = tried.kl <= most  # NaN is not
         inside = _chosen(within & (eta > inside.eta), tried, inside)
@@ -48,7 +48,7 @@ def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) 
         done = (inside.eta >= 1) | (inside.kl >= CLOSE * most) | (guess_L <= 0)
         if host and bool(done.all()):
             break
-        eta = torch.where(done, inside.eta, _next(inside, beyond, most * (1 + CLOSE) / 2))
+        eta = torch.where(done, inside.eta, _next(inside, beyond, most * (1 + CLOSE) / 2, turn >= 6))
     return inside.eta, inside.kl
 
 
@@ -63,8 +63,15 @@ def _chosen(which: Tensor, these: _Tried, others: _Tried) -> _Tried:
     return _Tried(*(torch.where(which, a, b) for a, b in zip(these, others, strict=True)))
 
 
-def _next(inside: _Tried, beyond: _Tried, aim: Tensor) -> Tensor:
-    """Return the next scales to try: strictly between what is within and what is beyond, and at most 1."""
+def _next(inside: _Tried, beyond: _Tried, aim: Tensor, halve: bool) -> Tensor:
+    """Return the next scales to try: strictly between what is within and what is beyond, and at most 1.
+
+    Args:
+        inside: the largest scales found within the limit, 0 where none was.
+        beyond: the smallest found beyond it, inf where none was.
+        aim: the KL wanted.
+        halve: halve what is between the two: no law holds there, if it took so long.
+    """
     tiny = torch.finfo(aim.dtype).tiny
     # From one side only: the square law, at most a factor of ten at a time (a KL of 0 says nothing of how far to go).
     up = inside.eta * (aim / inside.kl.clamp_min(tiny)).sqrt().clamp(1.01, 10)
@@ -73,5 +80,5 @@ def _next(inside: _Tried, beyond: _Tried, aim: Tensor) -> Tensor:
     width = (beyond.eta / inside.eta.clamp_min(tiny)).log()
     rise = (beyond.kl / inside.kl.clamp_min(tiny)).log()
     share = ((aim / inside.kl.clamp_min(tiny)).log() / rise).nan_to_num(0.5).clamp(0.1, 0.9)
-    between = inside.eta * torch.exp(share * width)
+    between = inside.eta * torch.exp((0.5 if halve else share) * width)
     return torch.where(inside.eta == 0, down, torch.where(beyond.eta.isinf(), up, between)).clamp(max=1)

@@ -62,7 +62,7 @@ def test_equals_the_dense_fisher_where_logits_and_inputs_are_independent(scores)
     x_all = x[0].repeat_interleave(3, 0)
     z_all = rows.z[0].T.repeat(3, 1)
     every = Rows(x_all[None], z_all.T[None], torch.ones(1, 9, dtype=torch.float64))
-    sums = made_of(every, scores=scores).tensors()
+    sums = made_of(every, scores=scores, damping=0.1).tensors()
     G_t = [torch.autograd.functional.hessian(lambda d, z=z: _kl(z, d, scores), torch.zeros_like(z)) for z in z_all]
     dense = sum(torch.kron(G, torch.outer(v, v)) for G, v in zip(G_t, x_all, strict=True)) / 9
     torch.testing.assert_close(torch.kron(sums["G"][0], sums["A"][0, 0]) / 81, dense, rtol=0, atol=1e-10)

@@ -18,7 +18,7 @@ SHAPES = {
     "flat at first": lambda x: x**6,
     "linear at the end": lambda x: x.square() / (1 + x),
     "saturating": lambda x: 1 - torch.exp(-x.square() / 2),
-    "a wall": lambda x: x.square() / 2 + 100 * (x - 0.01).relu(),
+    "a wall": lambda x: x.square() / 2 + 10 * (x - 0.01).relu(),
 }
 
 

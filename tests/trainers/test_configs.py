@@ -33,9 +33,10 @@ VISION = ("planted_images", "digits", "cifar10", "fashion_mnist")
 DOWNLOADED = {"enwiki", "wikitext2", "multidomain", "fashion_mnist", "cifar10"}
 #: Not a file of its own choice: what the caller of a partial target gives.
 GIVEN = {
-    "model": {"vocab_size", "num_classes", "image_shape", "router"},
-    "router": {"in_features", "num_experts", "out_features", "device", "dtype"},
+    "model": {"vocab_size", "num_classes", "image_shape", "router", "prior"},
+    "router": {"in_features", "num_experts", "out_features", "prior", "device", "dtype"},
     "optimizer": {"model"},
+    "prior": {"num_experts", "device"},
 }
 
 
@@ -52,14 +53,14 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("data", "experiment", "geometry", "logger", "model", "optimizer", "router")
+        *("data", "experiment", "geometry", "logger", "model", "optimizer", "prior", "router")
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
 
-@pytest.mark.parametrize("group", ["model", "router", "optimizer"])
+@pytest.mark.parametrize("group", ["model", "router", "optimizer", "prior"])
 def test_keys_are_the_keywords_of_the_target(group):
-    for choice in _choices(group):
+    for choice in set(_choices(group)) - ({"none"} if group == "prior" else set()):
         node = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
         keywords = set(inspect.signature(get_object(node._target_)).parameters) - GIVEN[group]
         keys = set(node) - {"_target_", "_partial_"}
@@ -90,6 +91,7 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
     }
     assert set(geometry) - {"_target_"} == set(mg.GeometryConfig.__dataclass_fields__) - left_out - {"group"}
     assert set(geometry.regularizers) - {"_target_"} == set(mg.Regularizers.__dataclass_fields__)
+    assert set(geometry.natural) - {"_target_"} == set(mg.NaturalConfig.__dataclass_fields__)
     built = build.build(configuration(), "geometry")
     assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig()
     assert built.regularizers == mg.Regularizers()
@@ -119,6 +121,7 @@ def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimize
     model, config = _model(router), configuration(f"router={router}", f"optimizer={optimizer}")
     refused = {
         ("linear", "riemannian"): "take router=polar, or optimizer=adamw",
+        ("linear", "natural"): "take router=polar, or optimizer=adamw",
         ("orthonormal", "adamw"): "off their manifold: take optimizer=riemannian",
     }
     if (router, optimizer) in refused:

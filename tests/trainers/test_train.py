@@ -62,6 +62,8 @@ VARIANTS = {
     "euclidean": ("language", "router=euclidean"),
     "adamw-linear": ("language", "router=linear", "optimizer=adamw"),
     "adamw-polar": ("language", "optimizer=adamw"),
+    "natural": ("language", "optimizer=natural", "geometry.natural.refresh_every=3"),
+    "natural-sphere": ("language", "optimizer=natural", "router=sphere"),
     "vision": ("vision",),
     "vision-sphere-bf16": ("vision", "router=sphere", "loop.precision=bf16"),
 }
