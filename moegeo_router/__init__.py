@@ -31,9 +31,11 @@ from .metrics import (
 )
 from .optim import NaturalGradient
 from .routers import (
+    ExpertPrior,
     Gating,
     GeometricRouter,
     RouterSite,
+    SignBias,
     export,
     find_routers,
     geometrize,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .geometry.rows import PolarRows
 
 __all__ = [
+    "ExpertPrior",
     "FisherRaoSimplex",
     "Gating",
     "GeometricRouter",
@@ -57,6 +60,7 @@ __all__ = [
     "PolarRows",
     "Regularizers",
     "RouterSite",
+    "SignBias",
     "__version__",
     "attach",
     "dispersion",

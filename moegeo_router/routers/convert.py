@@ -66,20 +66,22 @@ def geometrize(
 def export(model: nn.Module, *, allow_change: bool = False) -> nn.Module:
     """Take every router of ``model`` off its manifold, in place: plain parameters, stock ``nn.Linear`` classes.
 
-    Undoes ``geometrize`` and replaces ``GeometricRouter`` modules by what they compute. Manifold parameters that this
-    library did not make are left alone. A model without routers of ours is returned as it is.
+    Undoes ``geometrize`` and replaces ``GeometricRouter`` modules by what they compute; a prior in the logits becomes
+    part of the bias. Manifold parameters that this library did not make are left alone. A model without routers of ours
+    is returned as it is.
 
     Args:
         model: any module.
         allow_change: also export cosine routers, whose input normalisation ``nn.Linear`` does not have; the function is
-            then the same only for inputs of norm √D.
+            then the same only for inputs of norm √D. Also give routers a bias that have a prior and none to keep it in.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a cosine router without ``allow_change``, or a subclass of ``GeometricRouter`` with a forward of its
-            own; then nothing has been changed.
+        ValueError: a cosine router, or a prior and no bias, without ``allow_change``; routers with one bias and
+            different priors; a subclass of ``GeometricRouter`` with a forward of its own; then nothing has been
+            changed.
     """
     routers = [(name, m) for name, m in model.named_modules() if isinstance(m, GeometricRouter)]
     for name, router in routers:
@@ -92,6 +94,7 @@ def export(model: nn.Module, *, allow_change: bool = False) -> nn.Module:
         raise ValueError(
             f"routers {', '.join(cosine)} normalise their input, nn.Linear does not: pass allow_change=True"
         )
+    _check_priors(routers, allow_change)
     folded: set[Tensor] = set()
     for _, router in routers:
         _make_linear(router, folded)
@@ -128,6 +131,17 @@ def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: boo
             refuse_zero_rows(site.weight, f"router {site.name}")
 
 
+def _check_priors(routers: list[tuple[str, GeometricRouter]], allow_change: bool) -> None:
+    priors: dict[Tensor, object] = {}
+    for name, router in routers:
+        try:
+            router.prior_shift(allow_change)
+        except ValueError as error:
+            raise ValueError(f"router {name}: {error}") from None
+        if router.bias is not None and priors.setdefault(router.bias, router.prior) is not router.prior:
+            raise ValueError(f"router {name} shares its bias with a router of another prior: it cannot keep both")
+
+
 def _warn_of_zero_rows(site: RouterSite) -> None:
     zero_rows = count_zero_rows(site.weight)
     if zero_rows:
@@ -157,6 +171,18 @@ def _make_linear(router: GeometricRouter, folded: set[Tensor]) -> None:
             router.weight.data.copy_(router.to_linear(allow_change=True).weight)
             folded.add(router.weight)
         del router.temperature_logit
+    _fold_prior(router, folded)
     take_off_manifold(router.weight)
     del router.__dict__["manifold"]
     router.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _fold_prior(router: GeometricRouter, folded: set[Tensor]) -> None:
+    shift = router.prior_shift(allow_change=True)
+    if shift is not None and router.bias is None:
+        router.bias = nn.Parameter(shift.to(router.weight.dtype))
+    elif shift is not None and router.bias not in folded:
+        bias: Tensor = router.bias
+        bias.data.add_(shift)
+        folded.add(bias)
+    router._modules.pop("prior", None)

@@ -58,6 +58,7 @@ def topk_gating(
     top_groups: int | None = None,
     group_top: int = 2,
     selection_bias: Tensor | None = None,
+    log_prior: Tensor | None = None,
 ) -> Gating:
     """Choose k experts a token and weigh them.
 
@@ -74,15 +75,18 @@ def topk_gating(
         top_groups: number of eligible groups; required with ``num_groups``.
         group_top: a group is ranked by the sum of its ``group_top`` best selection scores (2: DeepSeek-V3, 1: V2).
         selection_bias: (E,) added to the scores for choosing only; the weights do not see it (loss-free balancing).
+        log_prior: (E,) added to the *log* scores for choosing only: a prior that multiplies the scores
+            (``ExpertPrior``). Instead of ``selection_bias``.
 
     Returns:
         ``Gating`` with weights and probabilities in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: k, the groups or the bias do not fit the number of experts.
+        ValueError: k, the groups, the bias or the prior do not fit the number of experts; a bias *and* a prior.
     """
     num_experts = _num_experts(logits_TE)
-    _check_selection(num_experts, k, num_groups, top_groups, group_top, selection_bias)
+    _check_groups(num_experts, k, num_groups, top_groups, group_top)
+    _check_additions(num_experts, selection_bias=selection_bias, log_prior=log_prior)
     if k == 1 and renormalize and num_experts > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             "top-1 gating with renormalize=True: every weight is exactly 1, so the router gets no gradient "
@@ -90,9 +94,9 @@ def topk_gating(
             stacklevel=2,
         )
     log_scores_TE = _log_scores(logits_TE, scores)
-    ranking_TE = log_scores_TE
+    ranking_TE = log_scores_TE if log_prior is None else log_scores_TE + log_prior.to(log_scores_TE)
     if selection_bias is not None or num_groups is not None:
-        ranking_TE = log_scores_TE.exp()
+        ranking_TE = ranking_TE.exp()
     if selection_bias is not None:
         ranking_TE = ranking_TE + selection_bias.to(ranking_TE)
     if num_groups is not None and top_groups is not None:
@@ -133,18 +137,18 @@ def _num_experts(logits_TE: Tensor) -> int:
     return logits_TE.shape[-1]
 
 
-def _check_selection(
-    num_experts: int,
-    k: int,
-    num_groups: int | None,
-    top_groups: int | None,
-    group_top: int,
-    selection_bias: Tensor | None,
-) -> None:
+def _check_additions(num_experts: int, **additions: Tensor | None) -> None:
+    given = {name: addition for name, addition in additions.items() if addition is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are two ways to shift the same choice: give one of them")
+    for name, addition in given.items():
+        if addition.shape != (num_experts,):
+            raise ValueError(f"{name} must be ({num_experts},), got {tuple(addition.shape)}")
+
+
+def _check_groups(num_experts: int, k: int, num_groups: int | None, top_groups: int | None, group_top: int) -> None:
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
-    if selection_bias is not None and selection_bias.shape != (num_experts,):
-        raise ValueError(f"selection_bias must be ({num_experts},), got {tuple(selection_bias.shape)}")
     if (num_groups is None) != (top_groups is None):
         raise ValueError(f"num_groups and top_groups go together, got {num_groups} and {top_groups}")
     if num_groups is None or top_groups is None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.simplex import widen
+from .prior import ExpertPrior
 from .tag import changes_function, put_on_manifold, refuse_zero_rows, restore_tag
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class GeometricRouter(nn.Linear):
     ``euclidean``    any                                 ``x Wᵀ + b``
     ===============  ==================================  =======================================================
 
+    A ``prior`` with ``where="logits"`` is added to them, ``log(E π)``, in fp32.
+
     Under the same seed, polar and Euclidean routers start from the very weights of ``nn.Linear``. The cosine
     router's temperature starts where its logits are as large as theirs for inputs of norm √D.
 
@@ -46,11 +49,13 @@ class GeometricRouter(nn.Linear):
         num_experts: E.
         manifold: one of the table.
         bias: add a learnable bias (E,), as ``nn.Linear`` does by default.
+        prior: a prior over the E experts that is part of the logits, kept as the submodule ``prior``.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: unknown manifold, a size below 1, orthonormal rows with E > D, unit rows with D = 1.
+        ValueError: unknown manifold, a size below 1, orthonormal rows with E > D, unit rows with D = 1, or a prior of
+            another size or with ``where="selection"`` (which belongs to the gating: ``topk_gating``).
 
     Example:
         >>> gate = GeometricRouter(256, 8)
@@ -66,6 +71,7 @@ class GeometricRouter(nn.Linear):
         *,
         manifold: ManifoldName = "polar",
         bias: bool = True,
+        prior: ExpertPrior | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,8 +81,16 @@ class GeometricRouter(nn.Linear):
         # Before nn.Linear's own __init__, because that calls reset_parameters.
         object.__setattr__(self, "manifold", manifold)
         super().__init__(in_features, num_experts, bias=bias, device=device, dtype=dtype)
+        if prior is not None:
+            self.add_prior(prior)
 
     manifold: ManifoldName
+
+    @property
+    def prior(self) -> ExpertPrior | None:
+        """The prior in the logits."""
+        # Not registered as None: a linear layer that became a router in place has nothing of the kind.
+        return self._modules.get("prior")  # type: ignore[return-value]
 
     @property
     def num_experts(self) -> int:
@@ -115,12 +129,29 @@ class GeometricRouter(nn.Linear):
         if not x.is_floating_point():
             raise ValueError(f"the router expects floating point inputs, got {x.dtype}")
         if self.manifold != "sphere":
-            return super().forward(x)
+            logits = super().forward(x)
+            return logits if self.prior is None else self.prior(logits)
         dtype, full_precision = _outside_autocast(x)
         with full_precision:  # a cosine rounded to bf16 would be divided by a small temperature
             # The weight is normalised here too: a Euclidean optimizer or a rounding may have moved it off the sphere.
             logits = F.linear(_direction(widen(x)), _direction(widen(self.weight))) / self.temperature
-            return (logits if self.bias is None else logits + widen(self.bias)).to(dtype)
+            logits = logits if self.bias is None else logits + widen(self.bias)
+            return (logits if self.prior is None else self.prior(logits)).to(dtype)
+
+    def add_prior(self, prior: ExpertPrior) -> None:
+        """Make ``prior`` part of the logits, instead of one that was.
+
+        Raises:
+            ValueError: a prior for another number of experts, or with ``where="selection"``.
+        """
+        if prior.where != "logits":
+            raise ValueError(
+                "a router's prior is part of its logits and needs where='logits', got where='selection': "
+                "give that to the gating, topk_gating(logits, k, **prior.selection())"
+            )
+        if prior.num_experts != self.num_experts:
+            raise ValueError(f"prior must be over {self.num_experts} experts, got {prior.num_experts}")
+        self._modules["prior"] = prior
 
     def linear_input(self, x: Tensor) -> Tensor:
         """Return the x̃ (..., D) for which the logits are ``x̃ Wᵀ + b``: x itself, or ``x / (‖x‖ τ)`` (``sphere``)."""
@@ -179,25 +210,42 @@ class GeometricRouter(nn.Linear):
         """Return a new ``nn.Linear`` with a copy of the parameters.
 
         A cosine router normalises its input, which a linear layer cannot: with ``allow_change`` its weight is scaled
-        so that the function is the same for inputs of norm √D.
+        so that the function is the same for inputs of norm √D. A prior becomes part of the bias; where there is none,
+        ``allow_change`` allows one.
 
         Raises:
-            ValueError: a cosine router without ``allow_change``.
+            ValueError: a cosine router, or a prior that is not uniform and no bias, without ``allow_change``.
         """
+        shift = self.prior_shift(allow_change)
         with _random_state_kept(self.weight.device):
             linear = nn.Linear(
                 self.in_features,
                 self.num_experts,
-                bias=self.bias is not None,
+                bias=self.bias is not None or shift is not None,
                 device=self.weight.device,
                 dtype=self.weight.dtype,
             )
         with torch.no_grad():
             linear.weight.copy_(self.weight if self.manifold != "sphere" else self._folded(allow_change))
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
+            if linear.bias is not None:
+                linear.bias.copy_((0 if self.bias is None else self.bias) + (0 if shift is None else shift))
         _copy_flags(self, linear)
         return linear
+
+    @torch.no_grad()
+    def prior_shift(self, allow_change: bool = False) -> Tensor | None:
+        """Return what the prior adds to the logits, (E,), None for nothing: what a linear layer must have in its bias.
+
+        Raises:
+            ValueError: there is no bias that could take it, and no ``allow_change``.
+        """
+        if self.prior is None or not bool(self.prior.log_prior().any()):
+            return None
+        if self.bias is None and not allow_change:
+            raise ValueError(
+                "the router has a prior in its logits and no bias to keep it: pass allow_change=True to get a bias"
+            )
+        return self.prior.log_prior()
 
     def extra_repr(self) -> str:
         """Show the sizes and the manifold."""

@@ -22,12 +22,16 @@ def native_scores(row, scores):
     return [math.exp(z) / total for z in row]
 
 
-def naive_gating(logits, k, scores, renormalize, groups=None, bias=None):
-    """One token at a time; ``groups`` is (num_groups, top_groups, group_top). Returns weights by expert, and p."""
+def naive_gating(logits, k, scores, renormalize, groups=None, bias=None, prior=None):
+    """One token at a time; ``groups`` is (num_groups, top_groups, group_top). Returns weights by expert, and p.
+
+    ``bias`` is added to the scores that choose, ``prior`` multiplies them.
+    """
     chosen_weights, probs = [], []
     for row in logits.double().tolist():
         native = native_scores(row, scores)
-        ranking = [s + (0.0 if bias is None else bias[e]) for e, s in enumerate(native)]
+        ranking = [s * (1.0 if prior is None else prior[e]) for e, s in enumerate(native)]
+        ranking = [s + (0.0 if bias is None else bias[e]) for e, s in enumerate(ranking)]
         eligible = set(range(len(row)))
         if groups is not None:
             num_groups, top_groups, group_top = groups
@@ -43,14 +47,21 @@ def naive_gating(logits, k, scores, renormalize, groups=None, bias=None):
     return chosen_weights, torch.tensor(probs, dtype=torch.float64)
 
 
-def check(logits, k, scores, renormalize, groups=None, bias=None, tolerance=1e-12):
+def check(logits, k, scores, renormalize, groups=None, bias=None, prior=None, tolerance=1e-12):
     options = {} if groups is None else dict(zip(("num_groups", "top_groups", "group_top"), groups, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if k == 1 else "error")
-        gating = topk_gating(logits, k, scores=scores, renormalize=renormalize, selection_bias=bias, **options)
-    expected, probs = naive_gating(
-        logits, k, scores, renormalize, groups, None if bias is None else bias.double().tolist()
-    )
+        gating = topk_gating(
+            logits,
+            k,
+            scores=scores,
+            renormalize=renormalize,
+            selection_bias=bias,
+            log_prior=None if prior is None else prior.log(),
+            **options,
+        )
+    shifts = (None if shift is None else shift.double().tolist() for shift in (bias, prior))
+    expected, probs = naive_gating(logits, k, scores, renormalize, groups, *shifts)
     assert gating.weights.shape == gating.ids.shape == (len(logits), k)
     assert gating.ids.dtype == torch.int64
     for t, by_expert in enumerate(expected):
@@ -66,11 +77,13 @@ GROUPS = (None, (4, 2, 1), (4, 2, 2), (2, 1, 2), (2, 1, 4), (8, 5, 1), (1, 1, 2)
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("biased", [False, True])
-def test_every_combination_is_the_naive_one(scores, renormalize, groups, biased):
+@pytest.mark.parametrize("shift", [None, "bias", "prior"])
+def test_every_combination_is_the_naive_one(scores, renormalize, groups, shift):
     for k, scale in itertools.product((1, 2, 4), (0.3, 4.0)):
         logits = scale * torch.randn(T, E, dtype=torch.float64)
-        check(logits, k, scores, renormalize, groups, torch.randn(E, dtype=torch.float64) if biased else None)
+        values = torch.randn(E, dtype=torch.float64)
+        shifts = {} if shift is None else {"bias": values} if shift == "bias" else {"prior": values.exp()}
+        check(logits, k, scores, renormalize, groups, **shifts)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -126,6 +139,32 @@ def test_the_bias_chooses_and_does_not_weigh(scores):
     )
     assert not gating.weights.requires_grad
     torch.testing.assert_close(gating.probs, routing_probabilities(logits, scores), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_the_prior_chooses_and_does_not_weigh(scores):
+    logits = torch.randn(50, E, dtype=torch.float64)
+    log_prior = torch.randn(E, dtype=torch.float64).requires_grad_()
+    gating = topk_gating(logits, 3, scores=scores, renormalize=False, log_prior=log_prior)
+    plain = topk_gating(logits, E, scores=scores, renormalize=False)
+    by_expert = torch.zeros_like(logits).scatter(-1, plain.ids, plain.weights)
+    assert not torch.equal(gating.ids, plain.ids[:, :3])
+    assert torch.equal(gating.weights, by_expert.gather(-1, gating.ids))
+    assert torch.equal(gating.probs, plain.probs)
+    assert not gating.weights.requires_grad
+
+
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "top_groups": 2}])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_prior_of_zeros_changes_no_bit_and_a_constant_no_choice(scores, groups):
+    logits = torch.randn(200, E).to(torch.bfloat16)
+    plain = topk_gating(logits, 3, scores=scores, **groups)
+    for value, log_prior in ((0.0, torch.zeros(E)), (0.7, torch.full((E,), 0.7, dtype=torch.float64))):
+        shifted = topk_gating(logits, 3, scores=scores, log_prior=log_prior, **groups)
+        # Ties of bf16 logits may be broken otherwise where scores are rounded otherwise.
+        assert value or all(map(torch.equal, shifted, plain))
+        torch.testing.assert_close(shifted.weights, plain.weights)
+        assert torch.equal(shifted.probs, plain.probs)
 
 
 def test_a_constant_bias_changes_nothing():
@@ -210,6 +249,7 @@ def test_dtypes(given, wide):
         assert gating.weights.dtype == gating.probs.dtype == getattr(torch, wide)
         torch.testing.assert_close(gating.probs, routing_probabilities(logits, scores))
         check(logits, 2, scores, True, tolerance=1e-5)
+        check(logits, 2, scores, True, prior=torch.rand(E) + 0.5, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(E,), (2, 3, E), (0, E), (2, 0, E)])
@@ -239,12 +279,13 @@ def test_broken_logits_still_give_valid_distinct_ids(scores, groups, bad):
         assert gating.weights[0].isnan().all()
 
 
+@pytest.mark.parametrize("shift", ["selection_bias", "log_prior"])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_compiles_without_graph_breaks(scores):
-    logits, bias = torch.randn(T, E), torch.randn(E)
+def test_compiles_without_graph_breaks(scores, shift):
+    logits, shift = torch.randn(T, E), {shift: torch.randn(E)}
 
     def gate(z):
-        return topk_gating(z, 2, scores=scores, num_groups=4, top_groups=2, selection_bias=bias)
+        return topk_gating(z, 2, scores=scores, num_groups=4, top_groups=2, **shift)
 
     torch._dynamo.reset()
     compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
@@ -277,6 +318,13 @@ GROUPED = {"num_groups": 4, "top_groups": 2}
         (2, {**GROUPED, "group_top": 0}, "group_top must be between 1 and the group size 2, got 0"),
         (2, {"selection_bias": torch.zeros(7)}, r"selection_bias must be \(8,\), got \(7,\)"),
         (2, {"selection_bias": torch.zeros(1, 8)}, r"selection_bias must be \(8,\), got \(1, 8\)"),
+        (2, {"log_prior": torch.zeros(7)}, r"log_prior must be \(8,\), got \(7,\)"),
+        (2, {"log_prior": torch.tensor(0.0)}, r"log_prior must be \(8,\), got \(\)"),
+        (
+            2,
+            {"log_prior": torch.zeros(8), "selection_bias": torch.zeros(8)},
+            "selection_bias and log_prior are two ways to shift the same choice: give one of them",
+        ),
     ],
 )
 def test_bad_options(k, options, message):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moegeo_router.routers.gating import ScoreFunction
-from trainers.models.moe import ModelOutput, RouterFactory
+from trainers.models.moe import ModelOutput, PriorFactory, RouterFactory
 from trainers.models.transformer import Rotary, Transformer, initial_std
 
 
@@ -14,6 +14,7 @@ class LanguageModel(nn.Module):
     Args:
         vocab_size: V ≥ 1.
         router: makes a router from (dim, num_experts), e.g. ``moegeo_router.GeometricRouter``.
+        prior: makes the prior over the experts of a layer, e.g. ``moegeo_router.ExpertPrior``; None: none.
         dim: D, width of the residual stream.
         layers: number of blocks.
         heads: attention heads; dim / heads is even.
@@ -35,6 +36,7 @@ class LanguageModel(nn.Module):
         self,
         vocab_size: int,
         router: RouterFactory,
+        prior: PriorFactory | None = None,
         *,
         dim: int = 128,
         layers: int = 4,
@@ -68,6 +70,7 @@ class LanguageModel(nn.Module):
             renormalize=renormalize,
             scores=scores,
             experts=experts,
+            prior=prior,
         )
         self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
         for layer in (self.embedding, self.head):

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moegeo_router.routers import ExpertPrior, GeometricRouter, SignBias
 from moegeo_router.routers.gating import ScoreFunction, topk_gating
+from moegeo_router.routers.prior import Selection
 from trainers.models.experts import SwiGLUExperts
 
 RouterFactory = Callable[[int, int], nn.Module]
 """(in_features, num_experts) -> module called like nn.Linear; e.g. ``functools.partial(nn.Linear, bias=False)``"""
+
+Prior = ExpertPrior | SignBias
+
+PriorFactory = Callable[[int], Prior]
+"""(num_experts) -> a prior over the experts; e.g. ``moegeo_router.ExpertPrior``"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +64,15 @@ class MoELayer(nn.Module):
         renormalize: the chosen gates of a token sum to 1.
         scores: "softmax" or "sigmoid".
         experts: "auto", "split", "grouped", "batched" or "loop" (see ``trainers.models.experts``).
+        prior: makes a prior over the experts, which ``trainers.priors`` moves; None: none. One with
+            ``where="logits"`` lives in the router, so that whoever watches the router sees the logits that count.
 
     Raises:
-        ValueError: a size below 1, top_k outside [1, num_experts], or an unknown option.
+        ValueError: a size below 1, top_k outside [1, num_experts], an unknown option, or a prior for the logits of a
+            router that is no ``GeometricRouter``.
     """
+
+    prior: Prior | None
 
     def __init__(
         self,
@@ -72,6 +84,7 @@ class MoELayer(nn.Module):
         renormalize: bool = True,
         scores: ScoreFunction = "softmax",
         experts: str = "auto",
+        prior: PriorFactory | None = None,
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -84,6 +97,9 @@ class MoELayer(nn.Module):
         self.renormalize, self.scores = renormalize, scores
         self.experts = SwiGLUExperts(num_experts, dim, hidden, experts)
         self.router = router(dim, num_experts)
+        self.prior = None
+        if prior is not None:
+            self._add_prior(prior(num_experts))
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:
         """Apply the layer.
@@ -104,7 +120,19 @@ class MoELayer(nn.Module):
         expected = (x_TD.shape[0], self.num_experts)
         if logits_TE.shape != expected:
             raise ValueError(f"router must return logits {expected}, got {tuple(logits_TE.shape)}")
-        gating = topk_gating(logits_TE, self.top_k, scores=self.scores, renormalize=self.renormalize)
+        selection: Selection = {} if self.prior is None else self.prior.selection()
+        gating = topk_gating(logits_TE, self.top_k, scores=self.scores, renormalize=self.renormalize, **selection)
         y_TD = self.experts(x_TD, gating.weights, gating.ids)
         routing = Routing(logits=logits_TE, probs=gating.probs, ids=gating.ids, weights=gating.weights)
         return y_TD.view(x_BLD.shape), routing
+
+    def _add_prior(self, prior: Prior) -> None:
+        if prior.where == "selection":
+            self.prior = prior
+        elif isinstance(prior, ExpertPrior) and isinstance(self.router, GeometricRouter):
+            self.router.add_prior(prior)
+        else:
+            raise ValueError(
+                f"a prior with where='logits' lives in a GeometricRouter, the router is {type(self.router).__name__}: "
+                "take another router, or where='selection'"
+            )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moegeo_router.routers.gating import ScoreFunction
 from trainers.models.experts import SwiGLUExperts
-from trainers.models.moe import MoELayer, RouterFactory, Routing
+from trainers.models.moe import MoELayer, PriorFactory, RouterFactory, Routing
 
 NORM_EPS = 1e-6  # RMSNorm's default is the dtype's epsilon, 0.8% in bfloat16
 ROTARY_BASE = 10_000.0
@@ -172,6 +172,7 @@ class Transformer(nn.Module):
         renormalize: see ``MoELayer``.
         scores: see ``MoELayer``.
         experts: see ``MoELayer``.
+        prior: see ``MoELayer``.
 
     Raises:
         ValueError: a size that does not fit; the message names it.
@@ -192,6 +193,7 @@ class Transformer(nn.Module):
         renormalize: bool,
         scores: ScoreFunction,
         experts: str,
+        prior: PriorFactory | None,
     ) -> None:
         super().__init__()
         if not 1 <= moe_every <= layers:
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
         def ffn(layer: int) -> MoELayer | SwiGLU:
             if (layer + 1) % moe_every:
                 return SwiGLU(dim, top_k * expert_hidden)
-            return MoELayer(dim, expert_hidden, num_experts, top_k, router, renormalize, scores, experts)
+            return MoELayer(dim, expert_hidden, num_experts, top_k, router, renormalize, scores, experts, prior)
 
         self.blocks = nn.ModuleList(Block(dim, Attention(dim, heads, rotary), ffn(layer)) for layer in range(layers))
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)

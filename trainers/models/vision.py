@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moegeo_router.routers.gating import ScoreFunction
-from trainers.models.moe import ModelOutput, RouterFactory
+from trainers.models.moe import ModelOutput, PriorFactory, RouterFactory
 from trainers.models.transformer import Transformer, initial_std
 
 
@@ -19,6 +19,7 @@ class VisionModel(nn.Module):
         num_classes: number of classes.
         image_shape: (C, H, W).
         router: makes a router from (dim, num_experts), e.g. ``moegeo_router.GeometricRouter``.
+        prior: makes the prior over the experts of a layer, e.g. ``moegeo_router.ExpertPrior``; None: none.
         dim: D, width of the residual stream.
         layers: number of blocks.
         heads: attention heads, a divisor of dim.
@@ -40,6 +41,7 @@ class VisionModel(nn.Module):
         num_classes: int,
         image_shape: tuple[int, int, int],
         router: RouterFactory,
+        prior: PriorFactory | None = None,
         *,
         dim: int = 64,
         layers: int = 3,
@@ -77,6 +79,7 @@ class VisionModel(nn.Module):
             renormalize=renormalize,
             scores=scores,
             experts=experts,
+            prior=prior,
         )
         self.head = nn.Linear(dim, num_classes)
         nn.init.normal_(self.positions_ND, std=initial_std(dim))
