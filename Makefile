@@ -14,6 +14,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed (looked for python3.11, python3, python); PYTHON=... names it"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,transformers,dev]"
+	@# An oracle of the tests, without what it asks for and they do not use: torchvision, whose build for GPUs would come.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt curvlinops-for-pytorch einconv linear_operator opt_einsum
 	@touch $@
 
 demo: setup  ## train a small MoE language model on real text, with geometry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import curvlinops
 import pytest
 import torch
 from torch import Tensor
@@ -180,9 +181,8 @@ def test_saturated_routing_has_the_floor():
     assert solved.isfinite().all()
 
 
-def test_curvlinops_agrees(monkeypatch):
+def test_curvlinops_agrees():
     """An independent implementation of K-FAC: the type-2 Fisher of a linear layer under the cross-entropy."""
-    curvlinops = pytest.importorskip("curvlinops")
     weight = weights()
     rows, x = batch(12, weight)
     layer = torch.nn.Linear(D, E, bias=False, dtype=torch.float64)
