@@ -179,6 +179,20 @@ class Geometry:
             self._before_step()
             self._after_step()
 
+    def limit_speed(self, limit: float | None, layers: Sequence[str] | None = None) -> None:
+        """Set the speed limit of natural steps from here on: a schedule of one's own, or an emergency brake.
+
+        Args:
+            limit: radians a step, before the factor of the learning-rate schedule; None: no limit.
+            layers: whose; None: all that are stepped naturally.
+
+        Raises:
+            ValueError: a layer that is not stepped naturally, or a limit that is not above 0.
+        """
+        if self._steps is None:
+            raise ValueError("no optimizer was given to attach, so there are no steps to limit")
+        self._steps.limit_speed(dict.fromkeys(self._steps.names if layers is None else layers, limit))
+
     def metrics(self) -> dict[str, float]:
         """Return the scalars of the last optimizer step, ``geometry/fsi`` …
 

@@ -40,11 +40,11 @@ class NaturalConfig:
         ValueError: a value out of range.
     """
 
-    limit: float | None = 0.0063
+    limit: float | None = 0.015
     limit_follows_lr: bool = True
     momentum: float = 0.9
     second_moment: float = 0.0
-    damping: float = 0.01
+    damping: float = 1.0
     floor: float = 1e-3
     decay: float = 0.95
     refresh_every: int = 20

@@ -67,7 +67,7 @@ class NaturalRule:
         scale: float | None = None,
         group: Any = None,
     ) -> None:
-        self.samples, self.limit, self._config = list(samples), config.limit, config
+        self.samples, self._config = list(samples), config
         self._manifold, self._scores, self._bias, self._scale, self._group = manifold, scores, bias, scale, group
         routers, experts, self._width = like.shape
         self._fisher = KroneckerFisher(
@@ -80,6 +80,7 @@ class NaturalRule:
         )
         self._step, self._window = 0, 0
         self._tensors = {
+            "limit": like.new_full((routers,), math.inf if config.limit is None else config.limit),
             "count": like.new_zeros(routers),
             "momentum": like.new_zeros(routers, experts, self._width + bias),
             "change": like.new_zeros(routers, experts, self._width + bias),
@@ -131,7 +132,6 @@ class NaturalRule:
         return {
             "step": self._step,
             "window": self._window,
-            "limit": self.limit,
             "rows_seen": self.samples[index].passes,
             **{name: values[index].clone() for name, values in tensors.items()},
         }
@@ -148,17 +148,24 @@ class NaturalRule:
             if any(not isinstance(value, Tensor) or value.shape != values.shape[1:] for value in saved):
                 raise ValueError(f"the state of a natural step has another {name} than {tuple(values.shape[1:])}")
             values.copy_(torch.stack(saved))  # type: ignore[arg-type]
-        self._step, self._window, self.limit = (states[0][name] for name in ("step", "window", "limit"))
+        self._step, self._window = states[0]["step"], states[0]["window"]
         for sample, entry in zip(self.samples, states, strict=True):
             sample.passes = entry["rows_seen"]
         self._fisher.invert()
 
-    def _peak_limit(self, group: Mapping[str, Any]) -> float:
-        limit = self.limit if self._scale is not None else group["limit"]
-        return math.inf if limit is None else limit
+    def set_limit(self, index: int, limit: float | None) -> None:
+        """Set the speed limit of one router, radians (of a group of ``NaturalGradient`` it is the group's)."""
+        self._tensors["limit"][index] = math.inf if limit is None else limit
 
-    def _limit(self, group: Mapping[str, Any]) -> float:
-        return self._peak_limit(group) * (_schedule(group) if self._config.limit_follows_lr else 1.0)
+    def _peak_limit(self, group: Mapping[str, Any]) -> Tensor:
+        if self._scale is None:
+            self._tensors["limit"].fill_(math.inf if group["limit"] is None else group["limit"])
+        return self._tensors["limit"]
+
+    def _limit(self, group: Mapping[str, Any]) -> Tensor:
+        # Not times 0: there may be no limit.
+        follows = self._config.limit_follows_lr and self.rate(group) > 0
+        return self._peak_limit(group) * (_schedule(group) if follows else 1.0)
 
     def _update_fisher(self, rows: Rows) -> None:
         self._fisher.add(rows)
@@ -180,7 +187,7 @@ class NaturalRule:
         state["momentum"] = _faded(state["momentum"], delta_LED, beta, _wide(active_L))
         return state["momentum"] / (1 - beta ** _wide(state["count"].clamp_min(1)))
 
-    def _normalized(self, direction_LED: Tensor, squared_L: Tensor, limit: float, active_L: Tensor) -> Tensor:
+    def _normalized(self, direction_LED: Tensor, squared_L: Tensor, limit_L: Tensor, active_L: Tensor) -> Tensor:
         """Return the direction over the root of the natural gradients' mean squared length, times the limit.
 
         Lengths are in the Fisher metric, and so in no coordinates: where gradients agree the result is as long as the
@@ -189,25 +196,25 @@ class NaturalRule:
         beta, state = self._config.second_moment, self._tensors
         state["length"] = _faded(state["length"], squared_L, beta, active_L)
         mean_L = state["length"] / (1 - beta ** state["count"].clamp_min(1))
-        unit_L = (1.0 if math.isinf(limit) else limit) / mean_L.sqrt().clamp_min(torch.finfo(mean_L.dtype).tiny)
+        unit_L = torch.where(limit_L.isinf(), 1.0, limit_L) / mean_L.sqrt().clamp_min(torch.finfo(mean_L.dtype).tiny)
         return direction_LED * _wide(unit_L)
 
-    def _limited(self, point: Point, step_LED: Tensor, kept: KeptRouting, limit: float) -> Point:
+    def _limited(self, point: Point, step_LED: Tensor, kept: KeptRouting, limit_L: Tensor) -> Point:
         """Return where the largest allowed part of a step leads."""
 
         def kl(eta_L: Tensor) -> Tensor:
             return kept.kl(self._change(point, self._moved(point, _wide(eta_L) * step_LED)))
 
-        most = torch.full_like(step_LED[:, 0, 0], limit**2 / 2)
+        most_L = limit_L.square() / 2
         standing = (step_LED == 0).all(dim=-1).all(dim=-1)
-        guess_L = (0.98 * 2 * most / kept.squared_length(step_LED)).sqrt().nan_to_num(1.0, posinf=1.0)
-        eta_L, kl_L = largest_step(kl, torch.where(standing, 0, guess_L), most[0])
+        guess_L = (0.98 * 2 * most_L / kept.squared_length(step_LED)).sqrt().nan_to_num(1.0, posinf=1.0)
+        eta_L, kl_L = largest_step(kl, torch.where(standing, 0, guess_L), most_L)
         after = _chosen(eta_L > 0, self._moved(point, _wide(eta_L) * step_LED), point)
         last, self._tensors["change"] = self._tensors["change"], self._change(point, after)
         # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
         moved_next = (2 * kept.kl_of_the_last(last)).sqrt()
         self.movement = Movement(
-            limit=torch.full_like(kl_L, limit),
+            limit=limit_L.clone(),
             moved=(2 * kl_L).sqrt(),
             moved_next=torch.where(self._tensors["count"] <= 1, torch.nan, moved_next),
             limited=((eta_L < 1) & ~standing).to(kl_L),

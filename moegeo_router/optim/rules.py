@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class NaturalRules:
 
     def __init__(self, config: NaturalConfig, scores: ScoreFunction = "softmax", group: Any = None) -> None:
         self._config, self._scores, self._group = config, scores, group
-        self._rules: list[NaturalRule] = []
+        self._rules: list[tuple[NaturalRule, list[set[str]]]] = []
         self._rows: dict[str, list[RouterRows]] = defaultdict(list)
 
     def rule(
@@ -58,8 +58,15 @@ class NaturalRules:
             scale=scale,
             group=self._group,
         )
-        self._rules.append(rule)
+        self._rules.append((rule, [{site.name for site in tied} for tied in sites]))
         return rule
+
+    def set_limit(self, names: Mapping[str, float | None]) -> None:
+        """Set the speed limits of routers by name, radians a step."""
+        for rule, own in self._rules:
+            for index, tied in enumerate(own):
+                for name in names.keys() & tied:
+                    rule.set_limit(index, names[name])
 
     def observe(self, seen: LayerForward) -> None:
         """Take rows of one forward pass of a layer."""
@@ -69,5 +76,5 @@ class NaturalRules:
     @property
     def movement(self) -> Movement | None:
         """What the last steps did, all routers in a row; None before the first."""
-        done = [rule.movement for rule in self._rules if rule.movement is not None]
+        done = [rule.movement for rule, _ in self._rules if rule.movement is not None]
         return Movement(*(torch.cat(parts) for parts in zip(*done, strict=True))) if done else None

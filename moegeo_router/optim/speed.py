@@ -20,7 +20,7 @@ CLOSE = 0.96
 MOST_ROUNDS, ROUNDS_UNSEEN = 24, 8
 
 
-def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most_L: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest scales η in (0, 1] with ``kl(η) ≤ most``, to within 4% of the KL, and the KL there.
 
     The KL grows about as the square of η: a round scales η by ``√(most / kl(η))``, and once it is known both within the
@@ -30,7 +30,7 @@ def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) 
     Args:
         kl: (L,) scales -> (L,) mean KL, nats; the same on every rank.
         guess_L: scales to begin with; those above 1 are cut.
-        most: the limit r²/2 of the mean KL, nats.
+        most_L: the limits r²/2 of the mean KL, nats.
 
     Returns:
         η (L,) and ``kl(η)`` (L,).
@@ -42,13 +42,13 @@ def largest_step(kl: Callable[[Tensor], Tensor], guess_L: Tensor, most: Tensor) 
     # On an accelerator nothing waits for the news that every router is done.
     for turn in range(MOST_ROUNDS if host else ROUNDS_UNSEEN):
         tried = _Tried(eta, kl(eta))
-        within = tried.kl <= most  # NaN is not
+        within = tried.kl <= most_L  # NaN is not
         inside = _chosen(within & (eta > inside.eta), tried, inside)
         beyond = _chosen(~within & (eta < beyond.eta), tried, beyond)
-        done = (inside.eta >= 1) | (inside.kl >= CLOSE * most) | (guess_L <= 0)
+        done = (inside.eta >= 1) | (inside.kl >= CLOSE * most_L) | (guess_L <= 0)
         if host and bool(done.all()):
             break
-        eta = torch.where(done, inside.eta, _next(inside, beyond, most * (1 + CLOSE) / 2, turn >= 6))
+        eta = torch.where(done, inside.eta, _next(inside, beyond, most_L * (1 + CLOSE) / 2, turn >= 6))
     return inside.eta, inside.kl
 
 

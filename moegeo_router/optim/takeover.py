@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,23 @@ class RouterSteps:
         """
         if self._natural is not None:
             self._natural.observe(seen)
+
+    def limit_speed(self, limits: Mapping[str, float | None]) -> None:
+        """Set the speed limits of natural steps by router, radians a step; None: no limit.
+
+        Raises:
+            ValueError: a router that is not stepped naturally, or a limit that is not above 0.
+        """
+        known = {name for stack in self._stacks for name in stack.names} if self._natural is not None else set()
+        for name, limit in limits.items():
+            if name not in known:
+                raise ValueError(
+                    f"router {name!r} is not stepped naturally; those that are: {', '.join(known) or 'none'}"
+                )
+            if limit is not None and not 0 < limit < float("inf"):
+                raise ValueError(f"the speed limit of router {name} must be above 0 (radians) or None, got {limit}")
+        if self._natural is not None:
+            self._natural.set_limit(limits)
 
     @property
     def names(self) -> list[str]:

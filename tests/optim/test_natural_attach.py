@@ -64,6 +64,34 @@ def test_the_size_of_the_groups_rate_does_not_matter_its_schedule_does():
     assert not torch.equal(run(1e-4, True)[0], run(1e-4, False)[0])
 
 
+def test_limits_can_be_set_while_it_runs_and_are_kept():
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    geometry = natural(model, optimizer, router_lr=1e4, per_layer=True)
+    geometry.limit_speed(0.2)
+    geometry.limit_speed(0.01, ["blocks.1.gate"])
+    for _ in range(2):  # the second time after a resume
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        found = geometry.metrics()
+        limits = [found[f"geometry/layer{index}/speed_limit"] for index in range(2)]
+        assert limits == [0.2, 0.01]
+        assert found["geometry/layer1/movement"] == pytest.approx(0.01, rel=0.03)
+        state = geometry.state_dict()
+        geometry.detach()
+        geometry = natural(model, optimizer, router_lr=1e4, per_layer=True)
+        geometry.load_state_dict(state)
+    for mistake in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"speed limit of router .* must be above 0"):
+            geometry.limit_speed(mistake)
+    with pytest.raises(ValueError, match="router 'head' is not stepped naturally; those that are: blocks"):
+        geometry.limit_speed(0.1, ["head"])
+    geometry.detach()
+    with pytest.raises(ValueError, match="is not stepped naturally; those that are: none"):
+        take_over(model, optimizer).limit_speed(0.1, ["blocks.0.gate"])
+
+
 def test_a_rate_of_zero_changes_no_bit():
     model = converted()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)

@@ -68,11 +68,11 @@ def test_natural_arms_name_their_speed_limits():
         "router=polar",
         "optimizer=natural",
         "geometry.router_lr=4",
-        "geometry.natural.limit=0.0032",
+        "geometry.natural.limit=0.0075",
     )
     limits = [found[f"polar_natural_{name}"][-1] for name in "abc"]
-    assert limits == [f"geometry.natural.limit={limit}" for limit in (0.0032, 0.0063, 0.0141)]
-    assert found["sphere_natural"][0::3] == ("router=sphere", "geometry.natural.limit=0.0063")
+    assert limits == [f"geometry.natural.limit={limit}" for limit in (0.0075, 0.015, 0.03)]
+    assert found["sphere_natural"][0::3] == ("router=sphere", "geometry.natural.limit=0.015")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from trainers.studies.runs import Run, StudyError
 
 #: Speed limits of the natural step of polar rows, in radians a step.
-NATURAL_LIMITS = {"a": 0.0032, "b": 0.0063, "c": 0.0141}
-SPHERE_LIMIT = 0.0063
+NATURAL_LIMITS = {"a": 0.0075, "b": 0.015, "c": 0.03}
+SPHERE_LIMIT = 0.015
 
 #: Peak learning rate of configs/optimizer; AdamW's routers have this times the multiplier.
 LR = 0.002
