@@ -274,11 +274,12 @@ def _natural_steps(
     for parameter in routers.parameters():
         parameter.grad = torch.randn_like(parameter) / tokens
 
-    def steps() -> None:
+    def steps() -> object:
         for _ in range(mg.NaturalConfig().refresh_every):
             for forward in seen:
                 optimizer.observe(forward)
             optimizer.step()
+        return optimizer.movement
 
     steps()  # the first ones refresh more often
     return steps

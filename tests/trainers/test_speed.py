@@ -14,10 +14,12 @@ from trainers.speed import (
     Measurement,
     ModuleListExperts,
     compare_experts,
+    compare_natural_step,
     compare_router,
     compare_traces,
     compare_training,
     compare_watching,
+    compare_wide_natural_step,
     main,
     measure,
     table,
@@ -134,6 +136,17 @@ def test_what_is_watched_is_the_same_training_step():
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
     assert "geometry/fhs" in ours
     assert "geometry/fhs" not in theirs
+
+
+def test_the_natural_steps_that_are_timed_move_the_routers():
+    for comparison, routers in (
+        (compare_natural_step(torch.device("cpu"), width=32, batch_size=1), 4),
+        (compare_wide_natural_step(torch.device("cpu"), width=32, num_experts=4), 1),
+    ):
+        movement = comparison.ours()
+        assert len(movement.moved) == routers
+        assert ((movement.moved > 0) & (movement.moved <= 0.015)).all()
+        comparison.theirs()
 
 
 def test_command_prints_a_row_for_every_comparison(capsys, monkeypatch):
