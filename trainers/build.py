@@ -76,7 +76,7 @@ def build_device(name: str) -> torch.device:
 
 
 def build_model(config: DictConfig, data: Data) -> nn.Module:
-    """Return the model of ``config.model`` with the routers of ``config.router`` for the sizes of ``data``.
+    """Return the model of ``config.model`` with its routers and priors (``config.router``, ``.prior``) for ``data``.
 
     Raises:
         ValueError: the model and the data are for different tasks, or sizes do not fit.
@@ -87,12 +87,13 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
         raise ValueError(f"this model needs data of task {wanted}; {data.name} is of task {data.task}")
     factory: partial[nn.Module] = build(config, "model")
     router = build(config, "router")
+    prior = build(config, "prior") if config.get("prior") else None  # none.yaml is empty, old runs have no such group
     if vision:
         images: VisionData = data  # type: ignore[assignment]
-        return factory(images.num_classes, images.image_shape, router)
+        return factory(images.num_classes, images.image_shape, router, prior)
     text: LanguageData = data  # type: ignore[assignment]
     assert factory.func is LanguageModel
-    return factory(text.vocab_size, router)
+    return factory(text.vocab_size, router, prior)
 
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:

@@ -25,6 +25,7 @@ from trainers.evaluation import Evaluation, autocast, evaluate, target_losses
 from trainers.models.moe import ModelOutput
 from trainers.observation import token_values
 from trainers.optimizers import learning_rate_scale, set_learning_rates
+from trainers.priors import update_priors
 from trainers.progress import Progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -188,6 +189,7 @@ class Trainer:
             raise NonFiniteError(f"{place} at step {self.step}; the step was not taken")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         self.optimizer.step()
+        update_priors(self.model, output.routing, mask, lr_scale=scale)
         self._zero_grad()
         self.step += 1
         # Of an image, the model sees a token a patch.

@@ -6,14 +6,17 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainers.studies.comparison import COMPARISONS, comparison
+from trainers.studies.comparison_report import write_comparison
 from trainers.studies.region import ARMS, BALANCES, MULTIPLIERS, Region
 from trainers.studies.region_report import write_report
-from trainers.studies.rows import read_rows
+from trainers.studies.rows import Row, read_rows
 from trainers.studies.runner import Study, run_study
-from trainers.studies.runs import StudyError
+from trainers.studies.runs import Run, StudyError
 
 PROGRAM = "python -m trainers.stress"
 
@@ -42,8 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    run = region if options.study == "region" else compare
     try:
-        region(options, shlex.join([*PROGRAM.split(), *arguments]))
+        run(options, shlex.join([*PROGRAM.split(), *arguments]))
     except KeyboardInterrupt:
         sys.exit(130)  # what to do now has been said
     except (ValueError, OSError) as error:
@@ -59,15 +63,37 @@ def region(options: argparse.Namespace, command: str) -> None:
     Raises:
         StudyError: as from ``run_study``, or no rows to report.
     """
-    out = options.out or Path("runs/region-smoke" if options.smoke else "docs/results/region")
-    path = out / "rows.jsonl"
+    out = _folder(options)
+    rows = _rows(options, command, [] if options.report else Region(**_grid(options)).runs())
+    for written in write_report(rows, out):
+        print(written)
+
+
+def compare(options: argparse.Namespace, command: str) -> None:
+    """Run a comparison, or only write its report.
+
+    Raises:
+        StudyError: as from ``run_study``, or no rows to report.
+    """
+    study = comparison(options.study, seeds=options.seeds, smoke=options.smoke)
+    rows = _rows(options, command, study.runs())
+    print(write_comparison(study, rows, _folder(options) / f"{options.study}.md"))
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    name = options.study
+    return options.out or Path(f"runs/{name}-smoke" if options.smoke else f"docs/results/{name}")
+
+
+def _rows(options: argparse.Namespace, command: str, runs: Sequence[Run]) -> Sequence[Row]:
+    """Make the rows that are missing; return all."""
+    path = _folder(options) / "rows.jsonl"
     if options.report:
-        rows = read_rows(path)
+        rows: Sequence[Row] = read_rows(path)
     else:
-        grid = Region(**_grid(options))
         study = Study(
-            name="region",
-            runs=grid.runs(),
+            name=options.study,
+            runs=runs,
             path=path,
             command=command,
             processes=options.processes,
@@ -77,8 +103,7 @@ def region(options: argparse.Namespace, command: str) -> None:
         rows = run_study(study)
     if not rows:
         raise StudyError(f"there are no rows in {path}; without --report they are made")
-    for written in write_report(rows, out):
-        print(written)
+    return rows
 
 
 def _grid(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,19 +122,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     floats: dict[str, Any] = {"nargs": "+", "type": float}
-    grid.add_argument("--out", type=Path, help="folder of rows and report (docs/results/region)")
-    grid.add_argument("--seeds", type=int, help="number of seeds (4)")
+    _common(grid, "region", 4)
     grid.add_argument("--tokens", type=int, help="of one training (400000)")
     grid.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
     grid.add_argument("--multipliers", **floats, help=f"of the learning rate ({_listed(MULTIPLIERS)})")
     grid.add_argument("--balances", **floats, help=f"weights of the load-balance loss ({_listed(BALANCES)})")
     grid.add_argument("--data", help="a language data set of configs/data (stdlib)")
-    grid.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (2)")
-    grid.add_argument("--smoke", action="store_true", help="a toy grid in seconds, to see that it runs")
-    grid.add_argument("--report", action="store_true", help="only write table and figure of the rows that are there")
-    grid.add_argument("--fresh", action="store_true", help="begin anew; the former rows become rows.old.jsonl")
-    grid.add_argument("--retry-failed", action="store_true", help="run failed runs again")
+    for name, study in COMPARISONS.items():
+        own = studies.add_parser(name, help=study.title.lower(), description=study.question, allow_abbrev=False)
+        _common(own, name, study.seeds)
     return parser
+
+
+def _common(study: argparse.ArgumentParser, name: str, seeds: int) -> None:
+    study.add_argument("--out", type=Path, help=f"folder of rows and report (docs/results/{name})")
+    study.add_argument("--seeds", type=int, help=f"number of seeds ({seeds})")
+    study.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (2)")
+    study.add_argument("--smoke", action="store_true", help="a toy grid in seconds, to see that it runs")
+    study.add_argument("--report", action="store_true", help="only write the report of the rows that are there")
+    study.add_argument("--fresh", action="store_true", help="begin anew; the former rows become rows.old.jsonl")
+    study.add_argument("--retry-failed", action="store_true", help="run failed runs again")
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..geometry.simplex import widen
 from ..observe.forward import LayerForward, rows
 from ..routers.find import RouterSite
+from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
 
 
@@ -126,6 +127,9 @@ class RouterRows:
     def _check(self, x_ND: Tensor, z_NE: Tensor) -> None:
         bias = getattr(self._site.projection, "bias", None)
         expected = x_ND @ widen(self._site.weight).T + (0 if bias is None else widen(bias))
+        prior = getattr(self._site.projection, "prior", None)
+        if isinstance(prior, ExpertPrior):  # a constant of the step, as a bias is: ``x dWᵀ`` is the same
+            expected = prior(expected)
         off = float(torch.linalg.vector_norm(z_NE - expected) / torch.linalg.vector_norm(z_NE).clamp_min(1e-12))
         # Rounding of half precision and jitter of the input are some percent; NaN is not for this check to judge.
         if off > 0.1:

@@ -27,16 +27,13 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     grid = grid_of(rows)
     text, picture = folder / "region.md", folder / "region.png"
-    text.write_text("\n".join([*_head(rows, grid), *_tables(grid), *_reasons(rows)]) + "\n")
+    text.write_text("\n".join([*_head(rows, grid), *_tables(grid), *reasons(rows)]) + "\n")
     write_figure(grid, picture)
     return [text, picture]
 
 
 def _head(rows: Sequence[Row], grid: Grid) -> Iterator[str]:
     config = rows[0]["configuration"]
-    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
-    dates = sorted({row["started"][:10] for row in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     model, data, steps = config["model"], config["data"], config["loop"]["steps"]
     tokens = steps * data["batch_size"] * data["length"]
     yield from (
@@ -46,12 +43,8 @@ def _head(rows: Sequence[Row], grid: Grid) -> Iterator[str]:
         "",
         "![validation loss and dead experts by multiplier](region.png)",
         "",
-        *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
-        f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
-        f"- commit: {', '.join(_unique(row['commit'] for row in rows))}",
-        f"- hardware: {'; '.join(machines)}; one thread a run; {versions}",
-        f"- seeds: {grid.seeds}; {len(rows)} runs of {tokens:,} tokens ({steps} steps), "
-        f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
+        *origin_lines(rows),
+        f"- size: {tokens:,} tokens a run ({steps} steps)",
         f"- model: {model['layers']} layers, width {model['dim']}, {model['num_experts']} experts, "
         f"top-{model['top_k']}; data {rows[0]['data'] or data['_target_']}",
         "",
@@ -61,6 +54,21 @@ def _head(rows: Sequence[Row], grid: Grid) -> Iterator[str]:
         "diverged (NaN or inf) are counted and not in the mean; - is a cell without runs. "
         "The figure's loss axis is cut where arms fail.",
     )
+
+
+def origin_lines(rows: Sequence[Row]) -> list[str]:
+    """Return where rows come from: commands, dates, commits, hardware, seeds."""
+    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
+    dates = sorted({row["started"][:10] for row in rows})
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return [
+        *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
+        f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
+        f"- commit: {', '.join(_unique(row['commit'] for row in rows))}",
+        f"- hardware: {'; '.join(machines)}; one thread a run; {versions}",
+        f"- seeds: {len({row['seed'] for row in rows})}; {len(rows)} runs, "
+        f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
+    ]
 
 
 def _unique(values: Iterable[str]) -> list[str]:
@@ -108,7 +116,8 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
 
 
-def _reasons(rows: Sequence[Row]) -> Iterator[str]:
+def reasons(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the runs that have no result, and why."""
     lost = [row for row in rows if row["status"] != "done"]
     if lost:
         yield from ("", "## Runs without a result", "")

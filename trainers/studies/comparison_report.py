@@ -1,0 +1,78 @@
+"""The report of a comparison: one table a setting, from its rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainers.studies.comparison import Comparison, settings_of
+from trainers.studies.intervals import mean_interval, paired_difference
+from trainers.studies.region_grid import with_half_width
+from trainers.studies.region_report import origin_lines, reasons
+from trainers.studies.rows import Row
+
+
+def write_comparison(study: Comparison, rows: Sequence[Row], path: Path) -> Path:
+    """Write the report of a comparison and return its path.
+
+    Args:
+        study: names the arms and their order.
+        rows: one or more.
+        path: of the Markdown file.
+    """
+    lines = [f"# {study.title}", "", study.question, "", *origin_lines(rows), "", *_legend(study)]
+    for setting in settings_of(rows):
+        lines += ["", f"## {setting}", "", *_table(study, [row for row in rows if row["labels"]["setting"] == setting])]
+    path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
+    return path
+
+
+def _legend(study: Comparison) -> Iterator[str]:
+    yield (
+        f"Validation loss in nats a token, and its difference to that of the same seed with {study.reference}, below 0 "
+        "is better; means over seeds ± the half-width of Student's 95% interval, not corrected for the number of arms. "
+        "Max violation is the busiest expert's load over the fair one, less 1, on the validation split (mean over "
+        "layers); dead is the share of experts under a tenth of their fair share in the last 20 training steps."
+    )
+
+
+def _table(study: Comparison, rows: Sequence[Row]) -> Iterator[str]:
+    found = {arm: [row for row in rows if row["labels"]["arm"] == arm] for arm in study.arms}
+    reference = _by_seed(found[study.reference], "valid/loss")
+    yield "| arm | loss | difference (pairs) | max violation | dead |"
+    yield "|---|---|---|---|---|"
+    for arm, own in found.items():
+        losses = _by_seed(own, "valid/loss")
+        lost = len(own) - len(losses)
+        note = f", {lost} without a result" if lost else ""
+        if not losses:
+            yield f"| {arm} | -{note} | - | - | - |"
+            continue
+        difference = None if arm == study.reference else paired_difference(losses, reference)
+        paired = "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
+        violation = mean_interval([value - 1 for value in _max_loads(own)])
+        dead = _by_seed(own, "train/dead_share")
+        share = f"{mean_interval([*dead.values()]).mean:.1%}" if dead else "-"
+        loss = with_half_width(mean_interval([*losses.values()]))
+        yield f"| {arm} | {loss}{note} | {paired} | {with_half_width(violation)} | {share} |"
+
+
+def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
+    done = [row for row in rows if row["status"] == "done" and row["results"].get(name) is not None]
+    return {row["seed"]: _number(row["results"], name) for row in done}
+
+
+def _max_loads(rows: Sequence[Row]) -> list[float]:
+    """Return of each finished run the busiest expert's load over the fair one, the mean over its layers."""
+    found = []
+    for row in rows:
+        results = row["results"] if row["status"] == "done" else {}
+        layers = [name for name in results if name.startswith("valid/geometry/layer") and name.endswith("/max_load")]
+        if layers:
+            found.append(sum(_number(results, name) for name in layers) / len(layers))
+    return found
+
+
+def _number(results: Mapping[str, Any], name: str) -> float:
+    return float(results[name])
