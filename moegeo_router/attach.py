@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,9 @@ class Geometry:
         Raises:
             ValueError: shapes that do not fit, another number of experts than before, or a layer that is tapped.
         """
+        if x is not None and self._steps is not None and not self._steps.takes(layer):
+            names = ", ".join(self._steps.names)
+            raise ValueError(f"x is what a router's natural step needs, and {layer!r} is none of them: {names}")
         self._watch.record(
             layer, logits, ids=ids, mask=mask, x=x, gates=gates, output=output, domains=domains, sequences=sequences
         )
@@ -351,6 +355,9 @@ class Geometry:
                     numbers |= movement._asdict()
                 self._reduced = reduced
                 self._watch.window.post(reduced, numbers)
+        # Only now, when every rank has learnt of it: a natural step is one of all ranks together.
+        if self._watch.stopped and self._steps is not None and self._steps.leave_natural_steps():
+            warnings.warn("natural steps of the routers are left to your optimizer from here on", stacklevel=3)
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""

@@ -20,7 +20,7 @@ from .tokens import TokenTap
 def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
     """Raise a ValueError if a router is watched already: two would count, inject and step twice."""
     for site in sites:
-        if any(isinstance(hook, Hook) for hook in site.module._forward_hooks.values()):
+        if any(isinstance(hook, Hook) and hook.exclusive for hook in site.module._forward_hooks.values()):
             raise ValueError(f"router {site.name} is watched already: detach() the other attach first")
 
 
@@ -37,16 +37,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return inner
 
 
-def check_sites(sites: Sequence[RouterSite], config: GeometryConfig) -> None:
-    """Raise a ValueError if ``top_k`` does not fit a router, or a router's weight is sharded."""
+def refuse_sharded(sites: Sequence[RouterSite]) -> None:
+    """Raise a ValueError if a router's weight is sharded."""
     for site in sites:
-        if config.top_k is not None and config.top_k > site.num_experts:
-            raise ValueError(f"top_k={config.top_k}: router {site.name} has {site.num_experts} experts")
         if type(site.weight.data).__name__ == "DTensor":
             raise ValueError(
                 f"the weight of router {site.name} is a DTensor: sharded, expert- and tensor-parallel models are not "
                 "supported"
             )
+
+
+def check_sites(sites: Sequence[RouterSite], config: GeometryConfig) -> None:
+    """Raise a ValueError if ``top_k`` does not fit a router, or a router's weight is sharded."""
+    for site in sites:
+        if config.top_k is not None and config.top_k > site.num_experts:
+            raise ValueError(f"top_k={config.top_k}: router {site.name} has {site.num_experts} experts")
+    refuse_sharded(sites)
 
 
 def taps_of(

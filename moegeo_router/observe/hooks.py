@@ -19,10 +19,11 @@ class Hook:
     Args:
         call: what the hook does; returns the module's new output, or None.
         failed: what is done with its errors.
+        exclusive: whether another watch of the same module is to be refused.
     """
 
-    def __init__(self, call: Callable[..., Any], failed: Failed) -> None:
-        self._call, self._failed = call, failed
+    def __init__(self, call: Callable[..., Any], failed: Failed, exclusive: bool = True) -> None:
+        self._call, self._failed, self.exclusive = call, failed, exclusive
 
     @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:

@@ -43,6 +43,7 @@ class LayerTap:
         failed: what is done with an error of the hooks.
         active: whether anything is to be seen now.
         join: gates that the router returns are passed on so that gradients can join them (``Joint``).
+        exclusive: whether another watch of the router is to be refused.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LayerTap:
         failed: Failed,
         active: Callable[[], bool],
         join: bool = False,
+        exclusive: bool = True,
     ) -> None:
         self.site, self.experts = site, experts
         self._tokens, self._sink, self._active, self._join = tokens, sink, active, join
@@ -62,7 +64,8 @@ class LayerTap:
         self._inside = False
         self._had_graph = False
         self._seen: dict[str, Any] | None = None
-        self._handles = [site.module.register_forward_hook(Hook(self._router, failed), with_kwargs=True)]
+        hook = Hook(self._router, failed, exclusive)
+        self._handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
         if site.projection is not site.module:
             self._handles.append(site.projection.register_forward_hook(Hook(self._projected, failed)))
         if block is not None:

@@ -115,8 +115,8 @@ class TokenTap:
                 name for name, parameter in _signature(module).items() if parameter.kind in _BY_POSITION
             ]
             self._handles += [
-                module.register_forward_pre_hook(Hook(self._before, failed), with_kwargs=True),
-                module.register_forward_hook(Hook(self._after, failed), always_call=True),
+                module.register_forward_pre_hook(Hook(self._before, failed, exclusive=False), with_kwargs=True),
+                module.register_forward_hook(Hook(self._after, failed, exclusive=False), always_call=True),
             ]
 
     def remove(self) -> None:

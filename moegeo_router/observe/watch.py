@@ -83,6 +83,11 @@ class Watch:
         return self._watching
 
     @property
+    def stopped(self) -> bool:
+        """Whether it has stopped, and every rank knows."""
+        return self._stopped
+
+    @property
     def never_seen(self) -> list[str]:
         """The layers whose router has a gradient although no training forward of theirs was ever seen."""
         trained = [site.name for site in self._sites if site.weight.grad is not None]

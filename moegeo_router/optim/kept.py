@@ -24,13 +24,16 @@ class KeptRouting:
         rows: the kept rows of this rank.
         scores: the routers' score function.
         group: the data-parallel process group.
+
+    Attributes:
+        tokens: (L,) how many there are.
     """
 
     def __init__(self, rows: Rows, scores: ScoreFunction, group: Any) -> None:
         self._rows, self._scores, self._group = rows, scores, group
         self._x_LDN = rows.x.mT
         self._here = Divergence(rows.z, rows.weight, scores)
-        self._tokens_L = self._over_ranks(rows.weight.sum(dim=-1))
+        self.tokens = self._over_ranks(rows.weight.sum(dim=-1))
 
     def kl(self, change_LED: Tensor) -> Tensor:
         """Return the mean KL of the routing from that after a change, (L,) nats: exact."""
@@ -40,6 +43,11 @@ class KeptRouting:
         """Return ``vec(Δ)ᵀ F vec(Δ)``, (L,) squared radians: twice the KL, to second order."""
         return 2 * self._mean(self._here.quadratic_sums(change_LED @ self._x_LDN))
 
+    def squared_shift(self, change_L1D: Tensor) -> Tensor:
+        """Return the mean square of a change of all logits together, (L,)."""
+        dz_LN = (change_L1D @ self._x_LDN).squeeze(-2)
+        return self._mean((dz_LN.square() * self._rows.weight).sum(dim=-1))
+
     def kl_of_the_last(self, change_LED: Tensor) -> Tensor:
         """Return the mean KL of the routing before the change that led here from the routing now, (L,) nats."""
         dz_LEN = change_LED @ self._x_LDN
@@ -47,7 +55,7 @@ class KeptRouting:
 
     def _mean(self, sums_L: Tensor) -> Tensor:
         sums_L = self._over_ranks(sums_L)
-        return torch.where(self._tokens_L > 0, sums_L / self._tokens_L.clamp_min(1), torch.inf)
+        return torch.where(self.tokens > 0, sums_L / self.tokens.clamp_min(1), torch.inf)
 
     def _over_ranks(self, sums_L: Tensor) -> Tensor:
         if world_size(self._group) > 1:

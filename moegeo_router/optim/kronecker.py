@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import NaturalConfig
 from ..geometry.simplex import readable
 from ..observe.statistics import world_size
 from ..routers.gating import ScoreFunction
@@ -25,52 +26,60 @@ class KroneckerFisher:
     """Exponential averages of the two factors of L routers, and their damped inverses.
 
     A is kept in full up to ``block`` columns; a wider router has the fewest equal diagonal blocks that are no wider
-    (``block=1``: the diagonal). The averages are those of sums: both factors and their number of tokens fade by
-    ``decay`` a step, so early averages are not biased. Sums of a window between two refreshes are reduced over ranks
-    in one all-reduce, at the refresh.
+    (1: the diagonal). The averages are those of sums: both factors and their number of tokens fade by ``decay`` a step,
+    so early averages are not biased. Sums of a window between two refreshes are reduced over ranks in one all-reduce,
+    at the refresh.
 
     Args:
         like: (L, E, D) the weights: shape, dtype, device.
-        decay: what remains of a step's sums after one more step.
-        damping: λ of either factor, as a share of its mean eigenvalue.
-        floor: a share of the mean eigenvalue that G has at uniform routing, added to λ_G: G vanishes as p saturates.
         block: the most columns of a block of A.
         scores: the router's score function.
     """
 
-    def __init__(
-        self, like: Tensor, *, decay: float, damping: float, floor: float, block: int, scores: ScoreFunction
-    ) -> None:
-        self._decay, self._damping, self._scores = decay, damping, scores
-        routers, experts, width = like.shape
-        self._floor = floor * max(experts - 1, 1) / experts**2
-        self._width, self._experts = width, experts
-        blocks = -(-width // block)
-        self._blocks, self._size = blocks, -(-width // blocks)
-        shapes = {"A": (blocks, self._size, self._size), "G": (experts, experts), "tokens": ()}
+    def __init__(self, like: Tensor, block: int, scores: ScoreFunction) -> None:
+        self._scores = scores
+        routers, self._experts, self._width = like.shape
+        blocks = -(-self._width // block)
+        self._blocks, self._size = blocks, -(-self._width // blocks)
+        shapes = {
+            "A": (blocks, self._size, self._size),
+            "G": (self._experts, self._experts),
+            "tokens": (),
+        }
         # Faded sums up to the last refresh, and those of the window since.
         self._sums = {name: like.new_zeros(routers, *shape) for name, shape in shapes.items()}
         self._window = {name: torch.zeros_like(values) for name, values in self._sums.items()}
-        self._inverse_A, self._inverse_G = self._sums["A"], self._sums["G"]
+        self._inverse_A, self._inverse_G = torch.zeros_like(self._sums["A"]), torch.zeros_like(self._sums["G"])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums, each (L, …)."""
         return self._sums | {f"window_{name}": values for name, values in self._window.items()}
 
-    def add(self, rows: Rows) -> None:
-        """Add the rows of a step to the window."""
-        self._fade(self._window)
-        x_LBNS = self._in_blocks(rows.x)
-        self._window["A"] += (x_LBNS * rows.weight[:, None, :, None]).mT @ x_LBNS
-        self._window["G"] += routing_fisher(rows.z, rows.weight, self._scores)
-        self._window["tokens"] += rows.weight.sum(dim=-1)
+    def to(self, like: Tensor) -> None:
+        """Move everything to the device and dtype of ``like``."""
+        for sums in (self._sums, self._window):
+            sums |= {name: values.to(like) for name, values in sums.items()}
+        self._inverse_A, self._inverse_G = self._inverse_A.to(like), self._inverse_G.to(like)
 
-    def refresh(self, steps: int, group: Any = None) -> None:
+    def add(self, rows: Rows, decay: float) -> None:
+        """Add the new rows of a step to the window."""
+        for values in self._window.values():
+            values *= decay
+        x_LBNS = self._in_blocks(rows.x)
+        self._window["A"] += (x_LBNS * rows.new[:, None, :, None]).mT @ x_LBNS
+        self._window["G"] += routing_fisher(rows.z, rows.new, self._scores)
+        self._window["tokens"] += rows.new.sum(dim=-1)
+
+    def refresh(self, steps: int, config: NaturalConfig, group: Any = None) -> None:
         """Take the window into the averages and invert them anew.
 
         Args:
             steps: of the window.
+            config: decay, damping and floor.
             group: the data-parallel process group.
+
+        Raises:
+            ValueError: a factor is singular (on a CPU, where that can be seen).
         """
         if world_size(group) > 1:
             fused = torch.cat([values.flatten() for values in self._window.values()])
@@ -78,46 +87,43 @@ class KroneckerFisher:
             parts = fused.split([values.numel() for values in self._window.values()])
             for values, part in zip(self._window.values(), parts, strict=True):
                 values.copy_(part.view_as(values))
-        self._fade(self._sums, steps)
         for name, values in self._window.items():
+            self._sums[name] *= config.decay**steps
             self._sums[name] += values
             values.zero_()
-        self.invert()
+        self.invert(config)
 
-    def invert(self) -> None:
-        """Compute the damped inverses of the averages."""
+    def invert(self, config: NaturalConfig) -> None:
+        """Compute the damped inverses of the averages.
+
+        Raises:
+            ValueError: as for ``refresh``.
+        """
         tokens = self._sums["tokens"].clamp_min(torch.finfo(self._sums["tokens"].dtype).tiny)[:, None, None]
         A, G = self._sums["A"] / tokens.unsqueeze(1), self._sums["G"] / tokens
         eye = torch.eye(self._experts, dtype=G.dtype, device=G.device)
+        others = max(self._experts - 1, 1)
         tiny = torch.finfo(A.dtype).tiny ** 0.5  # an inverse of nothing must not be infinite
-        mean_G = _trace(G) / max(self._experts - 1, 1)
-        # Along 1 a softmax G is 0, and a direction there is nothing of the natural step: any curvature will do.
-        along_1 = mean_G + self._floor if self._scores == "softmax" else torch.zeros_like(mean_G)
-        G = G + (self._damping * mean_G + self._floor + tiny) * eye + along_1 / self._experts
-        self._inverse_G = _inverse(G)
+        mean_G = _trace(G) / others
+        if self._scores == "softmax":
+            # A shift of all logits moves no softmax: a direction without curvature is given the mean one.
+            G = G + mean_G / self._experts
+        floor = config.floor * others / self._experts**2
+        self._inverse_G = _inverse(G + (config.damping * mean_G + floor + tiny) * eye)
         # The mean over all of A: a block without input would have no damping of its own.
         mean_A = _trace(A).sum(dim=1, keepdim=True) / self._width
-        lam_A = self._damping * mean_A + tiny
-        self._inverse_A = _inverse(A + lam_A * torch.eye(self._size, dtype=A.dtype, device=A.device))
+        eye = torch.eye(self._size, dtype=A.dtype, device=A.device)
+        self._inverse_A = _inverse(A + (config.damping * mean_A + tiny) * eye)
 
     def solve(self, gradient_LED: Tensor) -> Tensor:
-        """Return ``(G + λ_G)⁻¹ ∇ (A + λ_A)⁻¹``; of softmax routers the mean over experts stays as it is.
-
-        The mean moves no softmax, so the Fisher information knows no length for it (z-loss and decay have one).
-        """
-        mean_L1D = gradient_LED.mean(dim=-2, keepdim=True) if self._scores == "softmax" else gradient_LED.new_zeros(())
-        half_LED = self._inverse_G @ (gradient_LED - mean_L1D)
-        solved_LBES = self._in_blocks(half_LED) @ self._inverse_A
-        return solved_LBES.transpose(1, 2).flatten(2)[..., : self._width] + mean_L1D
+        """Return ``(G + λ_G)⁻¹ ∇ (A + λ_A)⁻¹``."""
+        solved_LBES = self._in_blocks(self._inverse_G @ gradient_LED) @ self._inverse_A
+        return solved_LBES.transpose(1, 2).flatten(2)[..., : self._width]
 
     def _in_blocks(self, values_LND: Tensor) -> Tensor:
         missing = self._blocks * self._size - self._width
         padded = torch.nn.functional.pad(values_LND, (0, missing)) if missing else values_LND
         return padded.unflatten(-1, (self._blocks, self._size)).transpose(1, 2)
-
-    def _fade(self, sums: dict[str, Tensor], steps: int = 1) -> None:
-        for values in sums.values():
-            values *= self._decay**steps
 
 
 def _trace(matrices: Tensor) -> Tensor:

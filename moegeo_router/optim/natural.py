@@ -1,15 +1,17 @@
 """The natural-gradient step of stacked routers, along their manifold and within a geodesic speed limit.
 
-Shape legend: L routers, E experts, D width (with a bias one more), N kept rows.
+Shape legend: L routers, E experts, D width (with a bias one more).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..config import NaturalConfig
@@ -21,14 +23,17 @@ from .point import Point
 from .rows import Rows, RowSample, stack_rows
 from .speed import largest_step
 
+#: The names of the options that a group of ``NaturalGradient`` has.
+OPTIONS = tuple(field.name for field in fields(NaturalConfig))
+
 
 class Movement(NamedTuple):
-    """What the last step of L routers did, each (L,).
+    """What the last step of L routers did, each (L,); NaN for a router that was not stepped.
 
     Attributes:
-        limit: radians.
+        limit: radians; inf: none.
         moved: √(2 KL) of the step on the rows it was computed from, radians.
-        moved_next: the same on the rows of the next batch; of the step before; NaN before the second.
+        moved_next: the same of the step before, on the rows of this batch, which is its next.
         limited: 1 where the step was shortened.
     """
 
@@ -48,12 +53,10 @@ class NaturalRule:
         config: see ``NaturalConfig``.
         scores: the routers' score function.
         bias: whether they have one.
-        scale: the learning rate is this, times the schedule of the group (``lr / initial_lr``). None: the group is one
-            of ``NaturalGradient``, and its own ``lr``, ``limit`` and ``weight_decay`` hold.
+        scale: the learning rate is this, times the schedule of the group. None: the group is one of
+            ``NaturalGradient``, and its own ``lr``, ``weight_decay`` and options hold.
         group: the data-parallel process group.
     """
-
-    steps_bias = True
 
     def __init__(
         self,
@@ -68,59 +71,73 @@ class NaturalRule:
         group: Any = None,
     ) -> None:
         self.samples, self._config = list(samples), config
-        self._manifold, self._scores, self._bias, self._scale, self._group = manifold, scores, bias, scale, group
-        routers, experts, self._width = like.shape
-        self._fisher = KroneckerFisher(
-            like.new_empty(routers, experts, self._width + bias),
-            decay=config.decay,
-            damping=config.damping,
-            floor=config.floor,
-            block=config.block + bias,
-            scores=scores,
-        )
-        self._step, self._window = 0, 0
+        self._manifold, self._scores, self._scale, self._group = manifold, scores, scale, group
+        self._routers, experts, self._width = like.shape
+        joined = like.new_zeros(self._routers, experts, self._width + bias)
+        # The column of 1 that a bias adds does not make a full factor into two blocks.
+        self._fisher = KroneckerFisher(joined, config.block + (bias and config.block > 1), scores)
+        self._bias, self._step, self._window, self._peak, self._known = bias, 0, 0, 0.0, False
         self._tensors = {
-            "limit": like.new_full((routers,), math.inf if config.limit is None else config.limit),
-            "count": like.new_zeros(routers),
-            "momentum": like.new_zeros(routers, experts, self._width + bias),
-            "change": like.new_zeros(routers, experts, self._width + bias),
+            "limit": like.new_full((self._routers,), math.nan),  # NaN: the configured one
+            "count": like.new_zeros(self._routers),
+            "momentum": joined,
+            "length": like.new_zeros(self._routers),
+            "change": torch.zeros_like(joined),
         }
-        if config.second_moment:
-            self._tensors["length"] = like.new_zeros(routers)
-        self.movement: Movement | None = None
+        self.rest()
 
-    @property
-    def ready(self) -> bool:
-        """Whether any token was seen; with ranks, one without tokens takes part all the same."""
-        return world_size(self._group) > 1 or any(sample.known for sample in self.samples)
+    movement: Movement
+
+    def ready(self) -> list[bool]:
+        """Return for each router whether it ever saw a token, on any rank."""
+        known = [self._known or sample.known for sample in self.samples]
+        if world_size(self._group) > 1 and not self._known:
+            count = torch.tensor(known, dtype=torch.float32, device=self._tensors["count"].device)
+            dist.all_reduce(count, group=self._group)
+            known = [bool(value) for value in count.tolist()]
+        self._known = all(known)
+        return known
 
     def rate(self, group: Mapping[str, Any]) -> float:
         """Return the learning rate."""
-        return float(group["lr"]) if self._scale is None else self._scale * _schedule(group)
+        return float(group["lr"]) if self._scale is None else self._scale * self._schedule(group)
 
-    def move(self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int]) -> Point:
+    def set_limit(self, index: int, limit: float | None) -> None:
+        """Set the speed limit of one router, radians, in place of the configured one."""
+        self._tensors["limit"][index] = math.inf if limit is None else limit
+
+    def rest(self) -> None:
+        """Take note of a step in which no router has a gradient: its tokens are not kept for the next."""
+        for sample in self.samples:
+            sample.take()
+        self._tensors["change"].zero_()
+        self.movement = Movement(*(torch.full_like(self._tensors["count"], math.nan) for _ in range(4)))
+
+    def move(
+        self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int], fixed: Sequence[int]
+    ) -> Point:
         """Return where the step leads.
 
-        A router stays where it is if its gradient holds NaN or inf, or if it never saw a token: how far the step would
-        move the routing is not known then.
+        A router stays where it is if its gradient holds NaN or inf, or if there is no token to hold a step against: how
+        far it would move the routing is not known then.
         """
-        slope_LED = _joined(gradient)
-        active_L = slope_LED.isfinite().all(dim=-1).all(dim=-1)
-        for index in idle:
-            active_L[index] = False
+        self._follow(point.weight)
+        config, slope_LED = self._options(group), _joined(gradient)
+        self._peak = max(self._peak, _peak(group))
         rows = stack_rows(self.samples, point.weight, self._bias)
         kept = KeptRouting(rows, self._scores, self._group)
-        self._update_fisher(rows)
-        delta_LED = self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0))
-        delta_LED = self._tangent(point, delta_LED)
-        direction_LED = self._averaged(delta_LED, active_L)
-        if "length" in self._tensors:
-            squared_L = kept.squared_length(delta_LED)
-            direction_LED = self._normalized(direction_LED, squared_L, self._peak_limit(group), active_L)
+        self._update_fisher(rows, config)
+        active_L = slope_LED.isfinite().all(dim=-1).all(dim=-1) & (kept.tokens > 0)
+        for index in idle:
+            active_L[index] = False
+        delta_LED = self._tangent(point, self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0)), fixed)
+        active_L &= delta_LED.isfinite().all(dim=-1).all(dim=-1)
+        direction_LED = self._averaged(torch.where(_wide(active_L), delta_LED, 0), kept, config, group, active_L)
         if self._scale is None:
             direction_LED = direction_LED + group["weight_decay"] * _joined(point)
-        step_LED = torch.where(_wide(active_L), -self.rate(group) * direction_LED, 0)
-        after = self._limited(point, step_LED, kept, self._limit(group))
+        step_LED = torch.where(_wide(active_L), -self.rate(group) * self._tangent(point, direction_LED, fixed), 0)
+        limit_L = self._limits(config) * (self._schedule(group) if config.limit_follows_lr else 1.0)
+        after = self._limited(point, self._bounded(step_LED, kept, limit_L), kept, limit_L, active_L)
         momentum = self._tensors["momentum"]
         carried = self._manifold.transp(point.weight, after.weight, momentum[..., : self._width])
         momentum[..., : self._width] = torch.where(_wide(active_L), carried, momentum[..., : self._width])
@@ -132,7 +149,8 @@ class NaturalRule:
         return {
             "step": self._step,
             "window": self._window,
-            "rows_seen": self.samples[index].passes,
+            "peak": self._peak,
+            "rows_seen": self.samples[index].steps,
             **{name: values[index].clone() for name, values in tensors.items()},
         }
 
@@ -148,77 +166,90 @@ class NaturalRule:
             if any(not isinstance(value, Tensor) or value.shape != values.shape[1:] for value in saved):
                 raise ValueError(f"the state of a natural step has another {name} than {tuple(values.shape[1:])}")
             values.copy_(torch.stack(saved))  # type: ignore[arg-type]
-        self._step, self._window = states[0]["step"], states[0]["window"]
+        self._step, self._window, self._peak = (states[0][name] for name in ("step", "window", "peak"))
         for sample, entry in zip(self.samples, states, strict=True):
-            sample.passes = entry["rows_seen"]
-        self._fisher.invert()
+            sample.steps = entry["rows_seen"]
+        self._fisher.invert(self._config)
 
-    def set_limit(self, index: int, limit: float | None) -> None:
-        """Set the speed limit of one router, radians (of a group of ``NaturalGradient`` it is the group's)."""
-        self._tensors["limit"][index] = math.inf if limit is None else limit
-
-    def _peak_limit(self, group: Mapping[str, Any]) -> Tensor:
+    def _options(self, group: Mapping[str, Any]) -> NaturalConfig:
         if self._scale is None:
-            self._tensors["limit"].fill_(math.inf if group["limit"] is None else group["limit"])
-        return self._tensors["limit"]
+            self._config = NaturalConfig(**{name: group[name] for name in OPTIONS})
+        return self._config
 
-    def _limit(self, group: Mapping[str, Any]) -> Tensor:
-        # Not times 0: there may be no limit.
-        follows = self._config.limit_follows_lr and self.rate(group) > 0
-        return self._peak_limit(group) * (_schedule(group) if follows else 1.0)
+    def _schedule(self, group: Mapping[str, Any]) -> float:
+        """Return where a group is in its learning-rate schedule: lr over the largest it had or will have."""
+        peak = max(self._peak, _peak(group))
+        return float(group.get("lr", 0.0)) / peak if peak else 0.0
 
-    def _update_fisher(self, rows: Rows) -> None:
-        self._fisher.add(rows)
+    def _limits(self, config: NaturalConfig) -> Tensor:
+        own_L = self._tensors["limit"]
+        return torch.where(own_L.isnan(), math.inf if config.limit is None else config.limit, own_L)
+
+    def _update_fisher(self, rows: Rows, config: NaturalConfig) -> None:
+        self._fisher.add(rows, config.decay)
         self._window += 1
-        early = self._step < self._config.refresh_every and self._step.bit_count() <= 1
-        if early or self._step % self._config.refresh_every == 0:
-            self._fisher.refresh(self._window, self._group)
+        early = self._step < config.refresh_every and self._step.bit_count() <= 1
+        if early or self._step % config.refresh_every == 0:
+            self._fisher.refresh(self._window, config, self._group)
             self._window = 0
         self._step += 1
 
-    def _tangent(self, point: Point, delta_LED: Tensor) -> Tensor:
+    def _tangent(self, point: Point, delta_LED: Tensor, fixed: Sequence[int]) -> Tensor:
         tangent_LED = self._manifold.proju(point.weight, delta_LED[..., : self._width])
-        return torch.cat([tangent_LED, delta_LED[..., self._width :]], dim=-1)
+        joined_LED = torch.cat([tangent_LED, delta_LED[..., self._width :]], dim=-1)
+        for index in fixed:
+            joined_LED[index, :, self._width :] = 0
+        return joined_LED
 
-    def _averaged(self, delta_LED: Tensor, active_L: Tensor) -> Tensor:
-        """Take the natural gradients into the momentum, and return the direction it gives."""
-        beta, state = self._config.momentum, self._tensors
-        state["count"] += active_L
-        state["momentum"] = _faded(state["momentum"], delta_LED, beta, _wide(active_L))
-        return state["momentum"] / (1 - beta ** _wide(state["count"].clamp_min(1)))
+    def _averaged(
+        self, delta_LED: Tensor, kept: KeptRouting, config: NaturalConfig, group: Mapping[str, Any], active_L: Tensor
+    ) -> Tensor:
+        """Take the natural gradients into the averages, and return the direction they give.
 
-    def _normalized(self, direction_LED: Tensor, squared_L: Tensor, limit_L: Tensor, active_L: Tensor) -> Tensor:
-        """Return the direction over the root of the natural gradients' mean squared length, times the limit.
-
-        Lengths are in the Fisher metric, and so in no coordinates: where gradients agree the result is as long as the
-        limit, where they are noise it is shorter.
+        With ``second_moment`` it is the momentum over the root of the mean squared length, times the limit. Lengths are
+        in the Fisher metric, and so in no coordinates: where gradients agree the result is as long as the limit, where
+        they are noise it is shorter.
         """
-        beta, state = self._config.second_moment, self._tensors
-        state["length"] = _faded(state["length"], squared_L, beta, active_L)
-        mean_L = state["length"] / (1 - beta ** state["count"].clamp_min(1))
-        unit_L = torch.where(limit_L.isinf(), 1.0, limit_L) / mean_L.sqrt().clamp_min(torch.finfo(mean_L.dtype).tiny)
-        return direction_LED * _wide(unit_L)
+        state, beta = self._tensors, config.momentum
+        state["count"] += active_L
+        count_L = state["count"].clamp_min(1)
+        state["momentum"] = _faded(state["momentum"], delta_LED, beta, _wide(active_L))
+        direction_LED = state["momentum"] / (1 - beta ** _wide(count_L))
+        beta = config.second_moment
+        if not beta:
+            return direction_LED
+        state["length"] = _faded(state["length"], kept.squared_length(delta_LED), beta, active_L)
+        length_L = (state["length"] / (1 - beta**count_L)).sqrt()
+        limit_L = self._limits(config)
+        unit_L = torch.where(limit_L.isinf(), 1.0, limit_L) / length_L
+        # What has no length at all (one expert) is left as it is.
+        return direction_LED * _wide(torch.where(length_L > 0, unit_L, 1.0))
 
-    def _limited(self, point: Point, step_LED: Tensor, kept: KeptRouting, limit_L: Tensor) -> Point:
+    def _bounded(self, step_LED: Tensor, kept: KeptRouting, limit_L: Tensor) -> Tensor:
+        """Hold the shift of all logits together, which moves no softmax and so no KL, to the limit too (RMS)."""
+        if self._scores != "softmax":
+            return step_LED
+        shift_L1D = step_LED.mean(dim=-2, keepdim=True)
+        size_L = kept.squared_shift(shift_L1D).sqrt().clamp_min(torch.finfo(step_LED.dtype).tiny)
+        return step_LED + _wide((limit_L / size_L).clamp(max=1) - 1) * shift_L1D
+
+    def _limited(self, point: Point, step_LED: Tensor, kept: KeptRouting, limit_L: Tensor, active_L: Tensor) -> Point:
         """Return where the largest allowed part of a step leads."""
 
         def kl(eta_L: Tensor) -> Tensor:
             return kept.kl(self._change(point, self._moved(point, _wide(eta_L) * step_LED)))
 
         most_L = limit_L.square() / 2
-        standing = (step_LED == 0).all(dim=-1).all(dim=-1)
+        standing_L = (step_LED == 0).all(dim=-1).all(dim=-1)
         guess_L = (0.98 * 2 * most_L / kept.squared_length(step_LED)).sqrt().nan_to_num(1.0, posinf=1.0)
-        eta_L, kl_L = largest_step(kl, torch.where(standing, 0, guess_L), most_L)
+        eta_L, kl_L = largest_step(kl, torch.where(standing_L, 0, guess_L), most_L)
         after = _chosen(eta_L > 0, self._moved(point, _wide(eta_L) * step_LED), point)
         last, self._tensors["change"] = self._tensors["change"], self._change(point, after)
         # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
-        moved_next = (2 * kept.kl_of_the_last(last)).sqrt()
-        self.movement = Movement(
-            limit=limit_L.clone(),
-            moved=(2 * kl_L).sqrt(),
-            moved_next=torch.where(self._tensors["count"] <= 1, torch.nan, moved_next),
-            limited=((eta_L < 1) & ~standing).to(kl_L),
-        )
+        stood_L = (last == 0).all(dim=-1).all(dim=-1)
+        moved_next_L = torch.where(stood_L, math.nan, (2 * kept.kl_of_the_last(last)).sqrt())
+        found = (limit_L, (2 * kl_L).sqrt(), moved_next_L, ((eta_L < 1) & ~standing_L).to(kl_L))
+        self.movement = Movement(*(torch.where(active_L, values, math.nan) for values in found))
         return after
 
     def _moved(self, point: Point, step_LED: Tensor) -> Point:
@@ -229,11 +260,15 @@ class NaturalRule:
     def _change(self, before: Point, after: Point) -> Tensor:
         return _joined(after) - _joined(before)
 
+    def _follow(self, like: Tensor) -> None:
+        """Move the state to where the weights are now."""
+        if self._tensors["count"].device != like.device or self._tensors["count"].dtype != like.dtype:
+            self._tensors = {name: values.to(like) for name, values in self._tensors.items()}
+            self._fisher.to(like)
 
-def _schedule(group: Mapping[str, Any]) -> float:
-    """Return where a group is in its learning-rate schedule: lr over its peak, at most 1; 1 where there is none."""
-    lr, peak = float(group.get("lr", 0.0)), group.get("max_lr") or group.get("initial_lr")
-    return min(1.0, lr / float(peak)) if peak else float(lr > 0)
+
+def _peak(group: Mapping[str, Any]) -> float:
+    return max(float(group.get(name) or 0.0) for name in ("lr", "initial_lr", "max_lr"))
 
 
 def _joined(point: Point) -> Tensor:

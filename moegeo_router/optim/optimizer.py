@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import NaturalConfig
-from ..observe.build import unwrapped
+from ..observe.build import refuse_sharded, unwrapped
 from ..observe.forward import LayerForward
 from ..observe.taps import LayerTap
 from ..observe.tokens import TokenTap
 from ..routers.find import RouterSite, Select, find_routers
 from ..routers.gating import ScoreFunction
-from .natural import Movement
+from .natural import OPTIONS, Movement
 from .rules import NaturalRules
-from .stack import RouterStack, bias_of
-
-_OPTIONS = tuple(field.name for field in fields(NaturalConfig))
+from .stack import RouterStack, group_alike
 
 
 class NaturalGradient(Optimizer):
@@ -47,8 +45,8 @@ class NaturalGradient(Optimizer):
         maximize: ascend.
         scores: the routers' score function.
         process_group: the data-parallel process group.
-        options: fields of ``NaturalConfig``: ``limit``, ``momentum``, ``second_moment``, ``damping`` …. Of a group,
-            ``lr``, ``limit``, ``weight_decay`` and ``maximize`` may change while it runs.
+        options: fields of ``NaturalConfig``: ``limit``, ``momentum``, ``second_moment``, ``damping`` …. All but
+            ``rows`` and ``block`` may change in a group while it runs.
 
     Raises:
         ValueError: no router; a router in two groups; a value out of range; an unknown option.
@@ -73,10 +71,10 @@ class NaturalGradient(Optimizer):
         **options: Any,
     ) -> None:
         model = unwrapped(model)
-        _check_names(options, _OPTIONS)
+        _check_names(options, OPTIONS)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize} | asdict(NaturalConfig(**options))
         chosen = _sites_of_groups(model, groups, select, defaults)
-        self._built = False
+        self._built = self._paused = False
         super().__init__(
             [{"params": _parameters(sites)} | own for sites, own in chosen],
             defaults,
@@ -91,13 +89,19 @@ class NaturalGradient(Optimizer):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that is stepped."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        return [parameter for stack in self._stacks for parameter in stack.parameters]
 
     @property
-    def movement(self) -> Movement | None:
-        """What the last step did, all routers in a row; None before the first."""
-        done = [rules.movement for rules in self._rules if rules.movement is not None]
-        return Movement(*(torch.cat(parts) for parts in zip(*done, strict=True))) if done else None
+    def names(self) -> list[str]:
+        """The routers' names, of those that share a weight the first."""
+        return [name for stack in self._stacks for name in stack.names]
+
+    @property
+    def movement(self) -> Movement:
+        """What the last step did, in the order of ``names``; NaN for routers that were not stepped."""
+        parts = [rules.movement for rules in self._rules]
+        device = parts[0].moved.device
+        return Movement(*(torch.cat([part.to(device) for part in parts]) for parts in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,10 +118,12 @@ class NaturalGradient(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for stack in self._stacks:
-            if not stack.rule.ready and any(parameter.grad is not None for parameter in stack.parameters):
-                names = ", ".join(stack.names)
+            ready = stack.rule.ready()
+            unseen = [name for name, known in zip(stack.names, ready, strict=True) if not known]
+            if unseen and any(parameter.grad is not None for parameter in stack.parameters):
+                names = ", ".join(unseen)
                 raise RuntimeError(f"no tokens of {names} were seen: natural steps need a forward in training mode")
-            stack.withhold()
+            stack.withhold(ready)
             try:
                 stack.step()
             finally:
@@ -132,6 +138,29 @@ class NaturalGradient(Optimizer):
         """
         for rules in self._rules:
             rules.observe(seen)
+
+    @contextmanager
+    def tokens(self, mask: Tensor) -> Iterator[None]:
+        """Say which tokens of the forward passes inside count, for models that have no ``attention_mask``.
+
+        Args:
+            mask: (B, L), or (B,) for whole sequences; True (or more than 0) where a token counts.
+        """
+        with self._tokens.given(mask=mask > 0):
+            yield
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing inside: probes, generation, anything in training mode that no step follows."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGradient:
+        """Refuse: a copy would step the same routers and see none of their tokens."""
+        raise TypeError("NaturalGradient cannot be copied: make another one of the copied model, and load its state")
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -157,8 +186,7 @@ class NaturalGradient(Optimizer):
         Raises:
             ValueError: the state is of other routers or groups.
         """
-        names = [name for stack in self._stacks for name in stack.names]
-        saved = list(state_dict["state"])
+        names, saved = self.names, list(state_dict["state"])
         if sorted(names) != sorted(saved) or len(state_dict["param_groups"]) != len(self.param_groups):
             raise ValueError(f"the state is of routers {', '.join(saved)}, these are {', '.join(names)}")
         for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -168,38 +196,28 @@ class NaturalGradient(Optimizer):
 
     def _add_stacks(self, index: int, sites: Sequence[RouterSite], scores: ScoreFunction, process_group: Any) -> None:
         group = self.param_groups[index]
-        config = NaturalConfig(**{name: group[name] for name in _OPTIONS})
+        config = NaturalConfig(**{name: group[name] for name in OPTIONS})
         rules = NaturalRules(config, scores, process_group)
         self._rules.append(rules)
-        self._stacks += [
+        own = [
             RouterStack(alike, self, index, lambda *stacked: rules.rule(*stacked, scale=None))
-            for alike in group_alike(sites).values()
+            for alike in group_alike(sites, bias=lambda weight, bias: True).values()
         ]
-        for stack in self._stacks:
+        self._stacks += own
+        for stack in own:
             if group["weight_decay"] and stack.fixed_norm:
                 raise ValueError(f"weight_decay has no meaning for rows of fixed norm: router {stack.names[0]}")
 
     def _tap(self, model: nn.Module, sites: Sequence[RouterSite]) -> list[LayerTap | TokenTap]:
-        tokens = TokenTap(model, {site.name for site in sites}, lambda _: None, _raise)
-        return [
-            tokens,
-            *(LayerTap(site, None, None, tokens, self.observe, _raise, lambda: True) for site in sites),
-        ]
+        def active() -> bool:
+            return not self._paused
 
-
-def group_alike(sites: Sequence[RouterSite]) -> dict[tuple[object, ...], list[list[RouterSite]]]:
-    """Put routers together that can be stepped as one; those that share a weight count as one router."""
-    from ..routers.tag import manifold_of
-
-    tied: dict[int, list[RouterSite]] = defaultdict(list)
-    for site in sites:
-        tied[id(site.weight)].append(site)
-    alike: dict[tuple[object, ...], list[list[RouterSite]]] = defaultdict(list)
-    for same in tied.values():
-        weight = same[0].weight
-        kind = type(manifold_of(weight))
-        alike[kind, weight.shape, weight.dtype, weight.device, bias_of(same[0]) is None].append(same)
-    return alike
+        names = {site.name for site in sites}
+        self._tokens = TokenTap(model, names, lambda _: None, _raise, active=active)
+        taps = (
+            LayerTap(site, None, None, self._tokens, self.observe, _raise, active, exclusive=False) for site in sites
+        )
+        return [self._tokens, *taps]
 
 
 def _sites_of_groups(
@@ -212,11 +230,12 @@ def _sites_of_groups(
         own = {name: value for name, value in group.items() if name != "select"}
         _check_names(own, tuple(defaults))
         options = {**defaults, **own}
-        NaturalConfig(**{name: options[name] for name in _OPTIONS})
+        NaturalConfig(**{name: options[name] for name in OPTIONS})
         for name in ("lr", "weight_decay"):
             if not 0 <= options[name] < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {options[name]}")
         sites = find_routers(model, group.get("select", select))
+        refuse_sharded(sites)
         weights = {id(site.weight) for site in sites}
         if weights & taken:
             twice = next(site.name for site in sites if id(site.weight) in taken)
@@ -227,8 +246,8 @@ def _sites_of_groups(
 
 
 def _parameters(sites: Sequence[RouterSite]) -> list[nn.Parameter]:
-    found = [p for site in sites for p in (site.weight, bias_of(site)) if p is not None]
-    return list({id(p): p for p in found}.values())
+    tied = [routers for alike in group_alike(sites, bias=lambda weight, bias: True).values() for routers in alike]
+    return [p for routers in tied for p in (routers.weight, routers.bias) if p is not None]
 
 
 def _check_names(options: Mapping[str, Any], known: Sequence[str]) -> None:

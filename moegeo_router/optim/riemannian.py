@@ -27,9 +27,6 @@ class RiemannianAdamRule:
         scale: factor on the group's learning rate.
     """
 
-    steps_bias = False
-    ready = True
-
     def __init__(self, like: Tensor, manifold: Any, scale: float) -> None:
         from geoopt import ManifoldParameter
         from geoopt.optim import RiemannianAdam
@@ -38,11 +35,20 @@ class RiemannianAdamRule:
         self._stepper = RiemannianAdam([self._point], lr=0.0)
         self._unit, self._scale = _unit(like, manifold), scale
 
+    def ready(self) -> list[bool]:
+        """Return True for each router."""
+        return [True] * len(self._point)
+
+    def rest(self) -> None:
+        """Do nothing."""
+
     def rate(self, group: Mapping[str, Any]) -> float:
         """Return the length of a step."""
         return float(group.get("lr", 0.0)) * self._scale * self._unit
 
-    def move(self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int]) -> Point:
+    def move(
+        self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int], fixed: Sequence[int]
+    ) -> Point:
         """Return where the step leads."""
         (options,) = self._stepper.param_groups
         options["lr"], options["betas"] = self.rate(group), group.get("betas", (0.9, 0.999))

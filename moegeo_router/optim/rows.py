@@ -6,7 +6,7 @@ Shape legend: T tokens, N kept rows, D width, E experts, L routers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,70 +25,87 @@ class Rows(NamedTuple):
         x: (L, N, D) the inputs for which ``x Wᵀ + b`` are the logits, with a 1 appended where there is a bias.
         z: (L, E, N) the logits.
         weight: (L, N) how many tokens each row stands for; 0 for none.
+        new: (L, N) the same, 0 for the rows of a router that saw no forward pass in this step.
     """
 
     x: Tensor
     z: Tensor
     weight: Tensor
+    new: Tensor
 
 
 class RowSample:
     """At most ``limit`` of the tokens that a router sees in a step, evenly spread over all of its forward passes.
 
     Of every ``stride`` tokens one is kept, each time another one of them; when there are too many, every other row is
-    given up and the stride is doubled. Masked tokens and those with NaN or inf keep their place, but stand for nothing.
-    A step without any forward pass finds the rows of the last one.
+    given up and the stride is doubled. Masked tokens and those with NaN, inf or astronomic values keep their place, but
+    stand for nothing. A step without any forward pass finds the rows of the last one.
 
     Args:
         limit: the most rows.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._stride = limit, 0
-        #: Forward passes so far; they decide which tokens are kept.
-        self.passes = 0
+        self._limit, self._stride, self._tokens, self._kept = limit, 0, 0, 0
+        #: Steps so far; they decide which tokens are kept.
+        self.steps = 0
+        #: Whether any forward pass was ever seen.
+        self.known = False
+        self._seen = False
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    @property
-    def known(self) -> bool:
-        """Whether there is any row to be had."""
-        return bool(self._parts) or self._last is not None
-
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Return which of the next T tokens are to be added, (n,) int64."""
-        if not self._stride:
-            self._stride = max(1, -(-tokens // self._limit))
-        count = tokens // self._stride
-        # Positions in step with the sequences would always be the same words: the place within the stride changes.
-        self.passes += 1
-        index = torch.arange(count, device=device)
-        return index * self._stride + (index * 7919 + self.passes * 104729) % self._stride
+        self.known = self._seen = True
+        self._stride = self._stride or max(1, -(-tokens // self._limit))
+        while self._kept + tokens // self._stride + 1 > 2 * self._limit:
+            self._thin()
+        begin = self._tokens
+        self._tokens = end = begin + tokens
+        # One token of every stratum of the step's tokens; the first and the last may lie in another forward pass.
+        first, last = begin // self._stride, (end - 1) // self._stride
+        first += int(self._token(first)) < begin
+        last -= int(self._token(last)) >= end
+        return self._token(torch.arange(first, max(first, last + 1), device=device)) - begin
 
     def add(self, x_ND: Tensor, z_NE: Tensor, mask_N: Tensor | None) -> None:
         """Add the rows at the ``positions``."""
+        if not len(x_ND):
+            return
         x_ND, z_NE = widen(x_ND.detach()), widen(z_NE.detach())
-        finite_N = x_ND.isfinite().all(dim=-1) & z_NE.isfinite().all(dim=-1)
-        kept_N = finite_N if mask_N is None else finite_N & mask_N
+        # Their squares must add up without overflow; NaN compares False.
+        most = torch.finfo(x_ND.dtype).max ** 0.5
+        sound_N = (x_ND.square().sum(dim=-1) < most) & z_NE.isfinite().all(dim=-1)
+        kept_N = sound_N if mask_N is None else sound_N & mask_N
         weight_N = kept_N.to(z_NE.dtype) * self._stride
         clean = (torch.where(kept_N.unsqueeze(-1), values, 0) for values in (x_ND, z_NE))
-        self._parts.append((*clean, weight_N))  # type: ignore[arg-type]
-        while sum(len(part[2]) for part in self._parts) > 2 * self._limit:
-            self._thin()
+        self._parts.append((*clean, weight_N))
+        self._kept += len(weight_N)
 
-    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return x (N, D), z (N, E), weight (N,) and begin the next step; None if nothing was ever added."""
-        while sum(len(part[2]) for part in self._parts) > self._limit:
+    def take(self) -> tuple[tuple[Tensor, Tensor, Tensor] | None, bool]:
+        """Return x (N, D), z (N, E), weight (N,), and whether they are of this step; begin the next step."""
+        while self._kept > self._limit:
             self._thin()
         if self._parts:
             x, z, weight = (torch.cat(values) for values in zip(*self._parts, strict=True))
             self._last = (x, z, weight)
-        self._parts, self._stride = [], 0
-        return self._last
+        elif self._seen:
+            self._last = None  # a step of no tokens
+        new, self._seen = self._seen, False
+        self._parts, self._stride, self._tokens, self._kept = [], 0, 0, 0
+        self.steps += 1
+        return self._last, new
+
+    def _token(self, stratum: Any) -> Any:
+        # Places in step with the sequences would always be the same words: the one within the stratum changes.
+        return stratum * self._stride + (stratum * 7919 + self.steps * 104729) % self._stride
 
     def _thin(self) -> None:
-        x, z, weight = (torch.cat(values)[::2] for values in zip(*self._parts, strict=True))
-        self._parts, self._stride = [(x, z, 2 * weight)], 2 * self._stride
+        self._stride *= 2
+        if self._parts:
+            x, z, weight = (torch.cat(values)[::2] for values in zip(*self._parts, strict=True))
+            self._parts, self._kept = [(x, z, 2 * weight)], len(weight)
 
 
 class NotLinearError(ValueError):
@@ -111,9 +128,13 @@ class RouterRows:
 
         Raises:
             NotLinearError: the logits are not ``x Wᵀ + b``.
+            ValueError: an input of another width.
         """
         if seen.x is None or seen.recomputed:
             return
+        if seen.x.shape[-1] != self._site.in_features:
+            expected = f"(..., {self._site.in_features})"
+            raise ValueError(f"x of router {self._site.name} must be {expected}, got {tuple(seen.x.shape)}")
         with torch.no_grad():
             positions = self._sample.positions(seen.size, seen.logits.device)
             x, z = (rows(values.detach()).index_select(0, positions) for values in (seen.x, seen.logits))
@@ -130,18 +151,19 @@ class RouterRows:
         prior = getattr(self._site.projection, "prior", None)
         if isinstance(prior, ExpertPrior):  # a constant of the step, as a bias is: ``x dWᵀ`` is the same
             expected = prior(expected)
-        off = float(torch.linalg.vector_norm(z_NE - expected) / torch.linalg.vector_norm(z_NE).clamp_min(1e-12))
+        size = float(torch.linalg.vector_norm(z_NE))
+        off = float(torch.linalg.vector_norm(z_NE - expected)) / max(size, 1e-12)
         # Rounding of half precision and jitter of the input are some percent; NaN is not for this check to judge.
         if off > 0.1:
             raise NotLinearError(
                 f"the logits of router {self._site.name} are not x Wᵀ + b (off by {off:.0%}), so a natural step would "
                 "not know what it does: take step='riemannian'"
             )
-        self._checked = True
+        self._checked = size > 0  # logits of 0 say nothing
 
 
 def stack_rows(samples: Sequence[RowSample], like: Tensor, bias: bool) -> Rows:
-    """Return the rows of all samples, filled up with rows of no weight to the same number.
+    """Return the rows of all samples, filled up with rows of no weight to the same number; a step's end.
 
     Args:
         samples: those of L routers.
@@ -149,13 +171,17 @@ def stack_rows(samples: Sequence[RowSample], like: Tensor, bias: bool) -> Rows:
         bias: append a 1 to x.
     """
     taken = [sample.take() for sample in samples]
-    most = max((len(kept[2]) for kept in taken if kept is not None), default=0)
+    most = max((len(kept[2]) for kept, _ in taken if kept is not None), default=0)
     experts, width = like.shape[-2:]
     x, z, weight = (like.new_zeros(len(taken), most, *shape) for shape in ((width,), (experts,), ()))
-    for index, kept in enumerate(taken):
+    for index, (kept, _) in enumerate(taken):
         if kept is not None:
             for into, values in zip((x, z, weight), kept, strict=True):
                 into[index, : len(values)] = values
     if bias:
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-    return Rows(x, z.mT.contiguous(), weight)
+    new = weight.clone()
+    for index, (_, fresh) in enumerate(taken):
+        if not fresh:
+            new[index] = 0
+    return Rows(x, z.mT.contiguous(), weight, new)

@@ -5,7 +5,8 @@ Shape legend: L routers, E experts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch.optim import Optimizer
 from ..geometry.simplex import widen
 from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
-from .point import Point, StepRule
+from .point import Point, StepRule, TiedRouters
 
-#: Makes the rule of a stack: of its stacked weights (L, E, D), their manifold and the names of the routers.
-RuleFactory = Callable[[Tensor, Any, Sequence[Sequence[RouterSite]]], StepRule]
+#: Makes the rule of a stack: of its stacked weights (L, E, D), their manifold, and the routers.
+RuleFactory = Callable[[Tensor, Any, Sequence[TiedRouters]], StepRule]
 
 
 class RouterStack:
@@ -27,32 +28,28 @@ class RouterStack:
     Half-precision parameters keep an fp32 master, which follows whatever others write to them.
 
     Args:
-        sites: for each weight the routers that share it.
+        routers: those that share a weight count as one; all with a bias to be stepped along, or none.
         optimizer: whose group holds the weights.
         group: index of the group.
         rule: makes the rule.
     """
 
-    def __init__(
-        self, sites: Sequence[Sequence[RouterSite]], optimizer: Optimizer, group: int, rule: RuleFactory
-    ) -> None:
+    def __init__(self, routers: Sequence[TiedRouters], optimizer: Optimizer, group: int, rule: RuleFactory) -> None:
         from ..geometry.rows import EuclideanRows
 
-        self.optimizer, self._group = optimizer, group
-        self._sites = [list(tied) for tied in sites]
-        self._weights = [tied[0].weight for tied in sites]
+        self.optimizer, self._group, self._routers = optimizer, group, list(routers)
+        self._weights = [tied.weight for tied in routers]
+        self._biases = [tied.bias for tied in routers if tied.bias is not None]
         # The weights' own manifolds: those of polar rows know what a zero row stands for.
         self._manifolds: list[Any] = [manifold_of(weight) or EuclideanRows() for weight in self._weights]
-        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._sites)
-        biases = [bias_of(tied[0]) if self.rule.steps_bias else None for tied in sites]
-        self._biases = [bias for bias in biases if bias is not None]
+        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._routers)
         self._master, self._began = self._masters(), False
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     @property
     def names(self) -> list[str]:
         """The routers' names, of those that share a weight the first."""
-        return [tied[0].name for tied in self._sites]
+        return [tied.name for tied in self._routers]
 
     @property
     def fixed_norm(self) -> bool:
@@ -66,22 +63,25 @@ class RouterStack:
         """All that is stepped: the weights, then the biases."""
         return [*self._weights, *self._biases]
 
-    def withhold(self) -> None:
-        """Take the gradients away from the optimizer.
+    def withhold(self, ready: Sequence[bool]) -> None:
+        """Take the gradients of the routers that are ready away from the optimizer; a bias goes with its weight.
 
         Raises:
             RuntimeError: a router has another weight than at the beginning.
         """
-        for tied, weight in zip(self._sites, self._weights, strict=True):
-            for site in tied:
+        for tied, weight in zip(self._routers, self._weights, strict=True):
+            for site in tied.sites:
                 if site.weight is not weight:
                     raise RuntimeError(
-                        f"the weight of router {site.name} was replaced since attach (to_empty, "
+                        f"the weight of router {site.name} was replaced since its steps were taken over (to_empty, "
                         "load_state_dict(assign=True)): detach, geometrize and attach again"
                     )
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                self._gradients[parameter], parameter.grad = parameter.grad, None
+        for tied, whether in zip(self._routers, ready, strict=True):
+            if tied.weight.grad is None or not whether:
+                continue
+            for parameter in (tied.weight, tied.bias):
+                if parameter is not None and parameter.grad is not None:
+                    self._gradients[parameter], parameter.grad = parameter.grad, None
 
     def give_back(self) -> None:
         """Give the withheld gradients back."""
@@ -98,12 +98,16 @@ class RouterStack:
         """
         idle = [index for index, weight in enumerate(self._weights) if weight not in self._gradients]
         if len(idle) == len(self._weights):
+            self.rule.rest()
             return
+        fixed = [index for index, bias in enumerate(self._biases) if bias not in self._gradients]
         group = self.optimizer.param_groups[self._group]
         before = self._catch_up()
         factor = (-1.0 if group.get("maximize", False) else 1.0) / (1 if grad_scale is None else grad_scale)
-        gradient = Point(*(None if values is None else factor * values for values in self._gathered()))  # type: ignore[arg-type]
-        after = self.rule.move(Point(*(None if v is None else v.clone() for v in before)), gradient, group, idle)  # type: ignore[arg-type]
+        weight, bias = self._gathered()
+        gradient = Point(factor * weight, None if bias is None else factor * bias)
+        start = Point(before.weight.clone(), None if before.bias is None else before.bias.clone())
+        after = self.rule.move(start, gradient, group, idle, fixed)
         # A step of length 0 must not round: a warm-up from 0 changes no bit. And what has no gradient stays as it is.
         still = range(len(self._weights)) if self.rule.rate(group) == 0 else idle
         for index in still:
@@ -112,7 +116,7 @@ class RouterStack:
                     values[index] = old[index]
         self._master, self._began = after, True
         for parameters, values in ((self._weights, after.weight), (self._biases, after.bias)):
-            if parameters and values is not None:
+            if values is not None:
                 into: list[Tensor] = list(parameters)
                 torch._foreach_copy_(into, list(values.to(parameters[0].dtype).unbind()))
 
@@ -147,7 +151,8 @@ class RouterStack:
         return Point(weight, bias)
 
     def _masters(self) -> Point:
-        return Point(_stacked(self._weights), _stacked(self._biases) if self._biases else None)
+        weight = _stacked(self._weights)
+        return Point(weight, _stacked(self._biases).to(weight.dtype) if self._biases else None)
 
     def _gathered(self) -> Point:
         """Return the withheld gradients, 0 where there is none."""
@@ -156,18 +161,45 @@ class RouterStack:
             [known.get(parameter, torch.zeros_like(parameter)) for parameter in parameters]
             for parameters in (self._weights, self._biases)
         )
-        return Point(_stacked(weights), _stacked(biases) if biases else None)
-
-
-def bias_of(site: RouterSite) -> nn.Parameter | None:
-    """Return the bias (E,) that a router adds to its logits, None if it has none or keeps it fixed."""
-    bias = getattr(site.projection, "bias", None)
-    fits = isinstance(bias, nn.Parameter) and bias.shape == (site.num_experts,) and bias.requires_grad
-    return bias if fits else None
+        weight = _stacked(weights)
+        return Point(weight, _stacked(biases).to(weight.dtype) if biases else None)
 
 
 def _of_one(point: Point, index: int) -> dict[str, Tensor]:
     return {name: values[index].clone() for name, values in point._asdict().items() if values is not None}
+
+
+def group_alike(
+    sites: Sequence[RouterSite],
+    place: Callable[[nn.Parameter], Hashable] = lambda _: None,
+    bias: Callable[[nn.Parameter, nn.Parameter], bool] = lambda weight, bias: False,
+) -> dict[tuple[Any, ...], list[TiedRouters]]:
+    """Put routers together that can be stepped as one: the same place, manifold, shape, dtype, device.
+
+    Args:
+        sites: the routers.
+        place: where a weight belongs, the first item of its key; only what has the same is put together.
+        bias: says of a weight and its bias whether they are to be stepped together.
+    """
+    shared: dict[int, list[RouterSite]] = defaultdict(list)
+    for site in sites:
+        shared[id(site.weight)].append(site)
+    alike: dict[tuple[Any, ...], list[TiedRouters]] = defaultdict(list)
+    for same in shared.values():
+        weight, biases = same[0].weight, {id(bias_of(site)): bias_of(site) for site in same}
+        # Routers that share a weight but not their biases leave these to the optimizer.
+        own = next(iter(biases.values())) if len(biases) == 1 else None
+        tied = TiedRouters(tuple(same), own if own is not None and bias(weight, own) else None)
+        kind = type(manifold_of(weight)), weight.shape, weight.dtype, weight.device, tied.bias is None
+        alike[(place(weight), *kind)].append(tied)
+    return alike
+
+
+def bias_of(site: RouterSite) -> nn.Parameter | None:
+    """Return the trained bias (E,) that a router adds to its logits, None if it has none."""
+    bias = getattr(site.projection, "bias", None)
+    fits = isinstance(bias, nn.Parameter) and bias.shape == (site.num_experts,) and bias.requires_grad
+    return bias if fits else None
 
 
 def _newest(parameters: Sequence[nn.Parameter], now: Tensor, master: Tensor | None) -> Tensor:

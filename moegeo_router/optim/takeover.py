@@ -11,12 +11,11 @@ Routers that are alike are stepped as one (``stack``), by the rule that ``step``
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..observe.forward import LayerForward
@@ -24,7 +23,7 @@ from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
 from .natural import Movement
 from .rules import NaturalRules, riemannian_rule
-from .stack import RouterStack, bias_of
+from .stack import RouterStack, group_alike
 
 
 class RouterSteps:
@@ -56,7 +55,8 @@ class RouterSteps:
         after: Callable[[], None],
     ) -> None:
         self._before, self._after = before, after
-        self._optimizers, self._natural, self._told = list(optimizers), natural, False
+        self._optimizers, self._natural = list(optimizers), natural
+        self._told, self._left = False, False
         for optimizer in self._optimizers:
             _refuse_second(optimizer)
         self._rule = partial(riemannian_rule, scale=scale) if natural is None else partial(natural.rule, scale=scale)
@@ -84,6 +84,15 @@ class RouterSteps:
         if self._natural is not None:
             self._natural.observe(seen)
 
+    def takes(self, name: str) -> bool:
+        """Whether the tokens of a router are of any use: always where no step needs them."""
+        return self._natural is None or self._natural.takes(name)
+
+    def leave_natural_steps(self) -> bool:
+        """Leave natural steps to the optimizers from here on, as nobody sees tokens; return whether there were any."""
+        leaves, self._left = self._natural is not None and not self._left, self._natural is not None
+        return leaves
+
     def limit_speed(self, limits: Mapping[str, float | None]) -> None:
         """Set the speed limits of natural steps by router, radians a step; None: no limit.
 
@@ -99,7 +108,7 @@ class RouterSteps:
             if limit is not None and not 0 < limit < float("inf"):
                 raise ValueError(f"the speed limit of router {name} must be above 0 (radians) or None, got {limit}")
         if self._natural is not None:
-            self._natural.set_limit(limits)
+            self._natural.set_limits(limits)
 
     @property
     def names(self) -> list[str]:
@@ -108,8 +117,8 @@ class RouterSteps:
 
     @property
     def movement(self) -> Movement | None:
-        """What the last natural steps did, all routers in a row; None before the first."""
-        return None if self._natural is None else self._natural.movement
+        """What the last natural steps did, in the order of ``names``; None where there are none."""
+        return None if self._natural is None or not self._stacks else self._natural.movement
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every router's step, by name."""
@@ -128,30 +137,30 @@ class RouterSteps:
 
     def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
         """Put routers together that can be stepped as one: the same optimizer, group, manifold and shape."""
-        tied: dict[int, list[RouterSite]] = defaultdict(list)
+        held = []
         for site in sites:
-            tied[id(site.weight)].append(site)
-        alike: dict[tuple[object, ...], list[list[RouterSite]]] = defaultdict(list)
-        places: dict[tuple[object, ...], tuple[int, int]] = {}
-        for same in tied.values():
-            weight, manifold = same[0].weight, manifold_of(same[0].weight)
-            place = self._place(same[0].weight)
-            if not weight.requires_grad and (manifold is None or place is None):
+            manifold, place = manifold_of(site.weight), self._place(site.weight)
+            if not site.weight.requires_grad and (manifold is None or place is None):
                 continue  # frozen, and not held by any optimizer that could step it later
             if place is None:
-                raise ValueError(f"the weight of router {same[0].name} is in no optimizer given to attach")
+                raise ValueError(f"the weight of router {site.name} is in no optimizer given to attach")
             if manifold is None:
                 raise ValueError(
-                    f"router {same[0].name} is on no manifold: call geometrize(model) before attach(model, optimizer), "
+                    f"router {site.name} is on no manifold: call geometrize(model) before attach(model, optimizer), "
                     "or leave its step to the optimizer with GeometryConfig(step=None)"
                 )
-            key = (place, type(manifold), weight.shape, weight.dtype, weight.device, bias_of(same[0]) is None)
-            alike[key].append(same)
-            places[key] = place
+            held.append(site)
+        alike = group_alike(held, self._place, self._together)
+        places: dict[Any, tuple[int, int]] = {key: key[0] for key in alike}
         return [
             RouterStack(together, self._optimizers[places[key][0]], places[key][1], self._rule)
             for key, together in alike.items()
         ]
+
+    def _together(self, weight: nn.Parameter, bias: nn.Parameter) -> bool:
+        """Whether a router's bias is stepped with its weight: by natural steps, where one optimizer holds both."""
+        places = [self._place(parameter) for parameter in (weight, bias)]
+        return self._natural is not None and None not in places and places[0][0] == places[1][0]  # type: ignore[index]
 
     def _place(self, weight: Tensor) -> tuple[int, int] | None:
         """Return which optimizer and which of its groups holds a router's weight, None if none does."""
@@ -184,19 +193,24 @@ class RouterSteps:
         if optimizer is self._optimizers[-1]:
             self._before()
         for stack in self._stacks:
-            if stack.optimizer is optimizer and self._ready(stack):
-                stack.withhold()
+            if stack.optimizer is optimizer:
+                stack.withhold(self._ready(stack))
 
-    def _ready(self, stack: RouterStack) -> bool:
-        """Say so, once, if a stack cannot be stepped: the optimizer then does it as before."""
-        if not stack.rule.ready and not self._told:
+    def _ready(self, stack: RouterStack) -> Sequence[bool]:
+        """Return which routers can be stepped; of the others say once that the optimizer does it as before."""
+        if self._left:
+            return [False] * len(stack.names)
+        ready = stack.rule.ready()
+        missing = [name for name, known in zip(stack.names, ready, strict=True) if not known]
+        gradients = [tied for tied in stack.parameters if tied.grad is not None]
+        if missing and gradients and not self._told:
             self._told = True
             warnings.warn(
-                f"no tokens of {', '.join(stack.names)} were seen in training mode, which natural steps need (record "
-                "takes them as x=...): their step is left to your optimizer",
+                f"no tokens of {', '.join(missing)} were seen in training mode, which natural steps need (record takes "
+                "them as x=...): their step is left to your optimizer",
                 stacklevel=2,
             )
-        return stack.rule.ready
+        return ready
 
     def _give_back(self, optimizer: Optimizer) -> None:
         for stack in self._stacks:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moegeo_router as mg
 from moegeo_router.optim.kronecker import KroneckerFisher
 from moegeo_router.optim.rows import Rows
 from moegeo_router.routers import routing_probabilities
@@ -16,19 +17,25 @@ SCORES = ("softmax", "sigmoid")
 
 
 def made_of(*batches: Rows, **options: object) -> KroneckerFisher:
-    known = {"decay": 0.0, "damping": 0.0, "floor": 0.0, "block": 1024, "scores": "softmax"} | options
-    fisher = KroneckerFisher(batches[0].x.new_empty(len(batches[0].x), E, batches[0].x.shape[-1]), **known)
+    block, scores = options.pop("block", 1024), options.pop("scores", "softmax")
+    config = configured(**options)
+    fisher = KroneckerFisher(batches[0].x.new_empty(len(batches[0].x), E, batches[0].x.shape[-1]), block, scores)
     for rows in batches:
-        fisher.add(rows)
-        fisher.refresh(1)
+        fisher.add(rows, config.decay)
+        fisher.refresh(1, config)
     return fisher
+
+
+def configured(**options: float) -> mg.NaturalConfig:
+    return mg.NaturalConfig(**{"decay": 0.0, "damping": 0.0, "floor": 0.0} | options)
 
 
 def batch(tokens: int, weight: Tensor, routers: int = 1, seed: int = 0, width: int = D) -> tuple[Rows, Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(routers, tokens, width, generator=g, dtype=torch.float64)
     z = x @ weight.mT
-    return Rows(x, z.mT, torch.ones(routers, tokens, dtype=torch.float64)), x
+    ones = torch.ones(routers, tokens, dtype=torch.float64)
+    return Rows(x, z.mT, ones, ones), x
 
 
 def weights(routers: int = 1, width: int = D, seed: int = 9) -> Tensor:
@@ -62,7 +69,8 @@ def test_equals_the_dense_fisher_where_logits_and_inputs_are_independent(scores)
     rows, x = batch(3, weight, seed=1)
     x_all = x[0].repeat_interleave(3, 0)
     z_all = rows.z[0].T.repeat(3, 1)
-    every = Rows(x_all[None], z_all.T[None], torch.ones(1, 9, dtype=torch.float64))
+    ones = torch.ones(1, 9, dtype=torch.float64)
+    every = Rows(x_all[None], z_all.T[None], ones, ones)
     sums = made_of(every, scores=scores, damping=0.1).tensors()
     G_t = [torch.autograd.functional.hessian(lambda d, z=z: _kl(z, d, scores), torch.zeros_like(z)) for z in z_all]
     dense = sum(torch.kron(G, torch.outer(v, v)) for G, v in zip(G_t, x_all, strict=True)) / 9
@@ -103,14 +111,18 @@ def test_without_damping_it_is_the_pseudo_inverse():
     torch.testing.assert_close(fisher.solve(gradient).flatten(), dense @ gradient.flatten(), rtol=1e-8, atol=1e-10)
 
 
-def test_the_mean_over_experts_is_stepped_ordinarily():
+def test_the_mean_over_experts_has_the_mean_curvature():
+    """It moves no softmax: a step there is one in a direction of G's mean non-zero eigenvalue."""
     weight = weights()
     rows, _ = batch(40, weight)
-    mean = torch.randn(1, 1, D, dtype=torch.float64)
-    gradient = mean.expand(1, E, D)
-    torch.testing.assert_close(made_of(rows).solve(gradient), gradient, rtol=1e-9, atol=1e-9)
-    # Of sigmoid scores it moves p like any other direction.
-    assert not torch.allclose(made_of(rows, scores="sigmoid").solve(gradient), gradient, rtol=0.1)
+    fisher = made_of(rows, damping=0.5)
+    gradient = torch.randn(1, 1, D, dtype=torch.float64).expand(1, E, D)
+    sums = fisher.tensors()
+    mean_G = sums["G"][0].trace() / 40 / (E - 1)
+    A = sums["A"][0, 0] / 40
+    A = A + 0.5 * A.trace() / D * torch.eye(D, dtype=A.dtype)
+    expected = gradient[0] @ torch.linalg.inv(A) / (1.5 * mean_G)
+    torch.testing.assert_close(fisher.solve(gradient)[0], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("block", "blocks"), [(1024, [5]), (3, [3, 2]), (2, [2, 2, 1]), (1, [1] * 5)])
@@ -148,8 +160,8 @@ def test_a_window_of_steps_equals_a_refresh_a_step():
     often = made_of(*batches, decay=0.8)
     once = made_of(batches[0], decay=0.8)
     for rows in batches[1:]:
-        once.add(rows)
-    once.refresh(3)
+        once.add(rows, 0.8)
+    once.refresh(3, configured(decay=0.8))
     gradient = torch.randn(1, E, D, dtype=torch.float64)
     torch.testing.assert_close(often.solve(gradient), once.solve(gradient), rtol=1e-9, atol=1e-12)
 
@@ -159,9 +171,9 @@ def test_between_refreshes_the_inverses_stay():
     fisher = made_of(batch(40, weight)[0])
     gradient = torch.randn(1, E, D, dtype=torch.float64)
     before = fisher.solve(gradient)
-    fisher.add(batch(40, 3 * weight, seed=5)[0])
+    fisher.add(batch(40, 3 * weight, seed=5)[0], 0.0)
     assert torch.equal(fisher.solve(gradient), before)
-    fisher.refresh(1)
+    fisher.refresh(1, configured())
     assert not torch.allclose(fisher.solve(gradient), before, rtol=0.1)
 
 

@@ -28,7 +28,12 @@ def test_bounded_and_fair(sizes, limit):
     for start, tokens in zip([sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True):
         feed(sample, tokens, start)
         assert sum(len(part[2]) for part in sample._parts) <= 2 * limit
-    x, z, weight = sample.take()
+    found, new = sample.take()
+    assert new
+    if found is None:
+        assert sum(sizes) < 2 * limit
+        return
+    x, z, weight = found
     assert len(x) <= limit
     assert len(x) == len(z) == len(weight)
     assert len(x[:, 0].unique()) == len(x)  # no token twice
@@ -44,7 +49,7 @@ def test_bounded_and_fair(sizes, limit):
 def test_all_tokens_where_they_fit():
     sample = RowSample(512)
     feed(sample, 300)
-    x, _, weight = sample.take()
+    (x, _, weight), _ = sample.take()
     assert torch.equal(x[:, 0], torch.arange(300.0).double())
     assert torch.equal(weight, torch.ones(300).double())
 
@@ -53,12 +58,12 @@ def test_no_position_of_the_sequences_is_preferred():
     # 512 sequences of 256 tokens and 512 rows: one of each 256 tokens, at places that differ.
     sample = RowSample(512)
     feed(sample, 512 * 256)
-    x, _, _ = sample.take()
+    (x, _, _), _ = sample.take()
     places = (x[:, 0] % 256).long()
     assert len(x) == 512
     assert len(places.unique()) > 128
     feed(sample, 512 * 256)
-    again, _, _ = sample.take()
+    (again, _, _), _ = sample.take()
     assert not torch.equal(again, x)  # other tokens in the next step
 
 
@@ -69,29 +74,64 @@ def test_masked_and_broken_tokens_count_for_nothing():
     z = torch.ones(4, E)
     x[1, 0], z[3, 1], x[2, 0] = torch.nan, torch.inf, torch.nan
     sample.add(x[sample.positions(4, x.device)], z, mask)
-    x, z, weight = sample.take()
+    (x, z, weight), _ = sample.take()
     assert torch.equal(weight, torch.tensor([1.0, 0, 0, 0]))
     assert x.isfinite().all()
     assert z.isfinite().all()
 
 
+def test_unequal_forward_passes_are_sampled_alike():
+    sample = RowSample(512)
+    for start, tokens in ((0, 8192), (8192, 15), (8207, 15), (8222, 15), (8237, 200)):
+        feed(sample, tokens, start)
+    (x, _, weight), _ = sample.take()
+    assert float(weight[x[:, 0] >= 8192].sum()) == pytest.approx(245, abs=40)
+    assert len(set(weight.tolist())) == 1
+
+
+def test_a_small_first_pass_does_not_make_the_next_ones_expensive():
+    sample = RowSample(64)
+    feed(sample, 3)
+    positions = sample.positions(100_000, torch.device("cpu"))
+    assert len(positions) <= 128
+
+
 def test_a_step_without_forwards_finds_the_rows_of_the_last():
     sample = RowSample(8)
     assert not sample.known
-    assert sample.take() is None
+    assert sample.take() == (None, False)
     feed(sample, 4)
-    first = sample.take()
+    first, new = sample.take()
     assert sample.known
-    assert sample.take() is first
+    assert new
+    assert sample.take() == (first, False)
     feed(sample, 2)
-    assert len(sample.take()[0]) == 2
+    assert len(sample.take()[0][0]) == 2
+    feed(sample, 0)  # an empty batch is a step of no tokens
+    assert sample.take() == (None, True)
+
+
+def test_nothing_grows_without_steps():
+    sample = RowSample(8)
+    for _ in range(300):
+        feed(sample, 5)
+    assert len(sample._parts) <= 16
+    assert sum(len(part[2]) for part in sample._parts) <= 16
+
+
+def test_astronomic_values_are_left_out():
+    sample = RowSample(8)
+    x = torch.ones(3, D)
+    x[1] = 1e19
+    sample.add(x[sample.positions(3, x.device)], torch.ones(3, E), None)
+    assert sample.take()[0][2].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_half_precision_rows_are_widened():
     sample = RowSample(8)
     sample.positions(2, torch.device("cpu"))
     sample.add(torch.ones(2, D, dtype=torch.bfloat16), torch.ones(2, E, dtype=torch.float16), None)
-    assert {t.dtype for t in sample.take()} == {torch.float32}
+    assert {t.dtype for t in sample.take()[0]} == {torch.float32}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -103,7 +143,20 @@ def test_stacked_rows_are_filled_up_without_weight(bias):
     assert rows.x.shape == (3, 5, D + bias)
     assert rows.z.shape == (3, E, 5)
     assert torch.equal(rows.weight.sum(-1), torch.tensor([3.0, 0, 5]).double())
+    assert torch.equal(rows.new, rows.weight)
     assert torch.equal(rows.z[2], torch.arange(10.0, 15).double().expand(E, 5))
     assert torch.equal(rows.x[0, :3, 0], torch.arange(3.0).double())
     if bias:
         assert (rows.x[..., -1] == 1).all()
+
+
+def test_old_rows_are_not_new():
+    samples = [RowSample(8), RowSample(8)]
+    like = torch.zeros(2, E, D, dtype=torch.float64)
+    for sample in samples:
+        feed(sample, 3)
+    stack_rows(samples, like, bias=False)
+    feed(samples[1], 2)
+    rows = stack_rows(samples, like, bias=False)
+    assert rows.weight.sum(-1).tolist() == [3.0, 2.0]
+    assert rows.new.sum(-1).tolist() == [0.0, 2.0]
