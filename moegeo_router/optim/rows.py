@@ -59,7 +59,7 @@ class RowSample:
         """Return which of the next T tokens are to be added, (n,) int64."""
         self.known = self._seen = True
         self._stride = self._stride or max(1, -(-tokens // self._limit))
-        while self._kept + tokens // self._stride + 1 > 2 * self._limit:
+        while self._kept + tokens // self._stride > 2 * self._limit:
             self._thin()
         begin = self._tokens
         self._tokens = end = begin + tokens

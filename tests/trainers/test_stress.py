@@ -128,7 +128,8 @@ def test_report_has_means_intervals_and_what_is_missing(tmp_path):
         "- date: 2026-01-02 to 2026-01-03\n",
         "- commit: abc\n",
         "- hardware: a processor, 2 cores; one thread a run; python 3.11.7, torch 2.13.0\n",
-        "- seeds: 2; 10 runs of 399,360 tokens (390 steps), 20 s each\n",
+        "- seeds: 2; 10 runs, 20 s each\n",
+        "- size: 399,360 tokens a run (390 steps)\n",
         "polar_riemannian/x16/balance0/seed1: failed, MemoryError: x",
     ):
         assert part in found, part
