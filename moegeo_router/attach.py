@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics
 from .observe.watch import Watch
 from .optim import NaturalRules, RouterSteps
-from .optim.rows import NotLinearError
 from .regularization import Regularization, RegularizerError, regularization_of, warn_of_own_loss
 from .routers.find import RouterSite, find_routers
 
@@ -100,7 +98,7 @@ class Geometry:
             on_begin=self._begin_forward,
             on_forward=self._observe,
             on_stop=self._stop_regularizing,
-            strict=(RegularizerError, NotLinearError),
+            strict=RegularizerError,
         )
         self._steps: RouterSteps | None = None
         try:
@@ -356,10 +354,12 @@ class Geometry:
                 self._reduced = reduced
                 self._watch.window.post(reduced, numbers)
         # Only now, when every rank has learnt of it: a natural step is one of all ranks together.
-        if self._watch.stopped and self._steps is not None and self._steps.leave_natural_steps():
-            warnings.warn("natural steps of the routers are left to your optimizer from here on", stacklevel=3)
+        if self._watch.stopped and self._steps is not None:
+            self._steps.leave_natural_steps()
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""
+        # Nobody sees the tokens any more that natural steps need.
+        lost += ", Riemannian Adam steps the routers" if self._steps is not None and self._steps.natural else ""
         self._regularization = Regularization(Regularizers.none(), False, self.config)
         return lost

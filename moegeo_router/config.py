@@ -90,8 +90,9 @@ class GeometryConfig:
             by it. (``loss()`` needs no such number: it is divided with the rest.)
         grad_scaler: the ``torch.amp.GradScaler`` of the run: injected gradients must be scaled like others, and Fisher
             traces of a step that it skips have another scale than those of the next.
-        step: how the routers are stepped when there is an optimizer, whose step is then taken over: ``"riemannian"``
-            (Riemannian Adam) or ``"natural"`` (natural gradients within a speed limit); None leaves it there.
+        step: how the routers are stepped when there is an optimizer, whose step is then taken over: ``"natural"``
+            (natural gradients within a speed limit; Riemannian Adam for routers that do not show what these need) or
+            ``"riemannian"`` (Riemannian Adam); None leaves it there.
         router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or 1 times the group's
             schedule (``"natural"``).
         natural: how natural steps are made.
@@ -119,7 +120,7 @@ class GeometryConfig:
     inject: bool = False
     accumulation: int = 1
     grad_scaler: Any = None
-    step: Step | None = "riemannian"
+    step: Step | None = "natural"
     router_lr: float = 1.0
     natural: NaturalConfig = field(default_factory=NaturalConfig)
     per_layer: bool = False

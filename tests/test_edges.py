@@ -165,7 +165,7 @@ def test_routers_that_are_unfrozen_and_frozen_on_the_way():
     first, second = (block.gate.weight for block in model.blocks)
     first.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    geometry = mg.attach(model, optimizer, mg.GeometryConfig(top_k=2, on_error="raise"))
+    geometry = mg.attach(model, optimizer, mg.GeometryConfig(top_k=2, step="riemannian", on_error="raise"))
 
     def step() -> list[float]:
         before = [w.detach().clone() for w in (first, second)]

@@ -55,7 +55,7 @@ class Watch:
         on_begin: Callable[[Mapping[str, Any]], None],
         on_forward: Callable[[LayerForward, bool], None],
         on_stop: Callable[[], str],
-        strict: tuple[type[Exception], ...],
+        strict: type[Exception],
     ) -> None:
         check_sites(sites, config)
         self._config, self._on_forward, self._on_stop, self._strict = config, on_forward, on_stop, strict

@@ -123,7 +123,7 @@ class NaturalGradient(Optimizer):
             if unseen and any(parameter.grad is not None for parameter in stack.parameters):
                 names = ", ".join(unseen)
                 raise RuntimeError(f"no tokens of {names} were seen: natural steps need a forward in training mode")
-            stack.withhold(ready)
+            stack.withhold()
             try:
                 stack.step()
             finally:

@@ -69,7 +69,13 @@ class RiemannianAdamRule:
         }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from the states of all routers."""
+        """Continue from the states of all routers.
+
+        Raises:
+            ValueError: the state of another rule.
+        """
+        if "moments" not in states[0]:
+            raise ValueError("the state of a Riemannian step has no moments: it is of natural steps")
         self._stepper.state.clear()
         if states[0]["moments"]:
             # Not geoopt's load_state_dict, which turns the count into fp32 and so changes the bias correction.

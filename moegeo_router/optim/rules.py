@@ -68,8 +68,17 @@ class NaturalRules:
             router.observe(seen)
 
     def takes(self, name: str) -> bool:
-        """Whether a router of this name is stepped."""
-        return name in self._rows
+        """Whether a router of this name is known."""
+        return any(site.name == name for _, routers in self._rules for tied in routers for site in tied.sites)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Take no more rows of routers, and report nothing of them."""
+        for rule, routers in self._rules:
+            if any(tied.name in names for tied in routers):
+                rule.rest()
+                for tied in routers:
+                    for site in tied.sites:
+                        self._rows.pop(site.name, None)
 
     def set_limits(self, limits: Mapping[str, float | None]) -> None:
         """Set speed limits by router, radians a step."""

@@ -43,7 +43,7 @@ class RouterStack:
         # The weights' own manifolds: those of polar rows know what a zero row stands for.
         self._manifolds: list[Any] = [manifold_of(weight) or EuclideanRows() for weight in self._weights]
         self.rule = rule(_stacked(self._weights), self._manifolds[0], self._routers)
-        self._master, self._began = self._masters(), False
+        self._master, self._began, self._fell_back = self._masters(), False, False
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -63,8 +63,15 @@ class RouterStack:
         """All that is stepped: the weights, then the biases."""
         return [*self._weights, *self._biases]
 
-    def withhold(self, ready: Sequence[bool]) -> None:
-        """Take the gradients of the routers that are ready away from the optimizer; a bias goes with its weight.
+    def fall_back(self, rule: RuleFactory) -> None:
+        """Go on with another rule, for the weights alone: the biases are the optimizer's again."""
+        self._routers = [TiedRouters(tied.sites) for tied in self._routers]
+        self._biases, self._fell_back = [], True
+        self._master = Point(self._master.weight)
+        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._routers)
+
+    def withhold(self) -> None:
+        """Take the routers' gradients away from the optimizer; that of a bias goes with its weight's.
 
         Raises:
             RuntimeError: a router has another weight than at the beginning.
@@ -76,8 +83,8 @@ class RouterStack:
                         f"the weight of router {site.name} was replaced since its steps were taken over (to_empty, "
                         "load_state_dict(assign=True)): detach, geometrize and attach again"
                     )
-        for tied, whether in zip(self._routers, ready, strict=True):
-            if tied.weight.grad is None or not whether:
+        for tied in self._routers:
+            if tied.weight.grad is None:
                 continue
             for parameter in (tied.weight, tied.bias):
                 if parameter is not None and parameter.grad is not None:
@@ -121,10 +128,11 @@ class RouterStack:
                 torch._foreach_copy_(into, list(values.to(parameters[0].dtype).unbind()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return each router's state and, of half-precision parameters, its masters."""
+        """Return each router's state, its masters if parameters are in half precision, and whether the rule changed."""
         half = self._weights[0].dtype != self._master.weight.dtype
         return {
-            name: self.rule.state(index) | {"master": _of_one(self._master, index) if half else None}
+            name: self.rule.state(index)
+            | {"master": _of_one(self._master, index) if half else None, "fell_back": self._fell_back}
             for index, name in enumerate(self.names)
         }
 

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from ..observe.forward import LayerForward
 from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
-from .natural import Movement
+from .natural import Movement, NaturalRule
+from .rows import NotLinearError
 from .rules import NaturalRules, riemannian_rule
 from .stack import RouterStack, group_alike
 
@@ -36,6 +37,7 @@ class RouterSteps:
             is.
         optimizers: those that hold the weights.
         natural: makes natural steps (``NaturalRule``), of weights and biases; None: Riemannian Adam, of the weights.
+            Routers that show no tokens, or whose logits are not ``x Wᵀ + b``, have Riemannian Adam all the same.
         scale: factor on the learning rate.
         before: called before a step of the last of the optimizers, with all gradients in place.
         after: called after it.
@@ -56,10 +58,11 @@ class RouterSteps:
     ) -> None:
         self._before, self._after = before, after
         self._optimizers, self._natural = list(optimizers), natural
-        self._told, self._left = False, False
+        self._unfit: dict[str, str] = {}
         for optimizer in self._optimizers:
             _refuse_second(optimizer)
-        self._rule = partial(riemannian_rule, scale=scale) if natural is None else partial(natural.rule, scale=scale)
+        self._riemannian = partial(riemannian_rule, scale=scale)
+        self._rule = self._riemannian if natural is None else partial(natural.rule, scale=scale)
         self._stacks = self._collect(sites)
         self._handles = [
             handle
@@ -76,22 +79,28 @@ class RouterSteps:
             handle.remove()
 
     def observe(self, seen: LayerForward) -> None:
-        """Take what natural steps need of a training forward.
-
-        Raises:
-            ValueError: a router whose logits are not ``x Wᵀ + b``.
-        """
-        if self._natural is not None:
+        """Take what natural steps need of a training forward; a router whose logits are not ``x Wᵀ + b`` has none."""
+        if self._natural is None:
+            return
+        try:
             self._natural.observe(seen)
+        except NotLinearError as error:
+            self._unfit[seen.layer] = str(error)
 
     def takes(self, name: str) -> bool:
         """Whether the tokens of a router are of any use: always where no step needs them."""
         return self._natural is None or self._natural.takes(name)
 
-    def leave_natural_steps(self) -> bool:
-        """Leave natural steps to the optimizers from here on, as nobody sees tokens; return whether there were any."""
-        leaves, self._left = self._natural is not None and not self._left, self._natural is not None
-        return leaves
+    @property
+    def natural(self) -> bool:
+        """Whether any router is stepped naturally."""
+        return any(isinstance(stack.rule, NaturalRule) for stack in self._stacks)
+
+    def leave_natural_steps(self) -> None:
+        """Step all routers by Riemannian Adam from here on."""
+        for stack in self._stacks:
+            if isinstance(stack.rule, NaturalRule):
+                self._fall_back(stack)
 
     def limit_speed(self, limits: Mapping[str, float | None]) -> None:
         """Set the speed limits of natural steps by router, radians a step; None: no limit.
@@ -99,7 +108,8 @@ class RouterSteps:
         Raises:
             ValueError: a router that is not stepped naturally, or a limit that is not above 0.
         """
-        known = {name for stack in self._stacks for name in stack.names} if self._natural is not None else set()
+        natural = [stack for stack in self._stacks if isinstance(stack.rule, NaturalRule)]
+        known = {name for stack in natural for name in stack.names}
         for name, limit in limits.items():
             if name not in known:
                 raise ValueError(
@@ -133,6 +143,8 @@ class RouterSteps:
         if sorted(self.names) != sorted(state):
             raise ValueError(f"the state is of routers {', '.join(state)}, these are {', '.join(self.names)}")
         for stack in self._stacks:
+            if state[stack.names[0]].get("fell_back") and isinstance(stack.rule, NaturalRule):
+                self._fall_back(stack)
             stack.load_state_dict(state)
 
     def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
@@ -194,23 +206,30 @@ class RouterSteps:
             self._before()
         for stack in self._stacks:
             if stack.optimizer is optimizer:
-                stack.withhold(self._ready(stack))
+                self._check_tokens(stack)
+                stack.withhold()
 
-    def _ready(self, stack: RouterStack) -> Sequence[bool]:
-        """Return which routers can be stepped; of the others say once that the optimizer does it as before."""
-        if self._left:
-            return [False] * len(stack.names)
-        ready = stack.rule.ready()
-        missing = [name for name, known in zip(stack.names, ready, strict=True) if not known]
-        gradients = [tied for tied in stack.parameters if tied.grad is not None]
-        if missing and gradients and not self._told:
-            self._told = True
-            warnings.warn(
-                f"no tokens of {', '.join(missing)} were seen in training mode, which natural steps need (record takes "
-                "them as x=...): their step is left to your optimizer",
-                stacklevel=2,
-            )
-        return ready
+    def _check_tokens(self, stack: RouterStack) -> None:
+        """Have Riemannian Adam step a stack, from now on, that lacks what natural steps need."""
+        unfit = [self._unfit[name] for name in stack.names if name in self._unfit]
+        if not isinstance(stack.rule, NaturalRule) or all(parameter.grad is None for parameter in stack.parameters):
+            return
+        missing = [name for name, known in zip(stack.names, stack.rule.ready(), strict=True) if not known]
+        if unfit:
+            self._fall_back(stack)
+            self._tell(stack, unfit[0])
+        elif missing:
+            seen = "were seen in training mode (record takes them as x=...)"
+            self._fall_back(stack)
+            self._tell(stack, f"no tokens of {', '.join(missing)} {seen}, which natural steps need")
+
+    def _fall_back(self, stack: RouterStack) -> None:
+        assert self._natural is not None
+        self._natural.forget(stack.names)
+        stack.fall_back(self._riemannian)
+
+    def _tell(self, stack: RouterStack, reason: str) -> None:
+        warnings.warn(f"{reason}: Riemannian Adam steps {', '.join(stack.names)} instead", stacklevel=2)
 
     def _give_back(self, optimizer: Optimizer) -> None:
         for stack in self._stacks:

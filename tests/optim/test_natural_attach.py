@@ -153,8 +153,14 @@ def test_the_state_of_another_rule_is_refused():
     train(model, optimizer)
     saved = geometry.state_dict()
     geometry.detach()
+    geometry = natural(model, optimizer)
     with pytest.raises(ValueError, match="the state of a natural step has another"):
-        natural(model, optimizer).load_state_dict(saved)
+        geometry.load_state_dict(saved)
+    train(model, optimizer)
+    saved = geometry.state_dict()
+    geometry.detach()
+    with pytest.raises(ValueError, match="has no moments: it is of natural steps"):
+        take_over(model, optimizer).load_state_dict(saved)
 
 
 def recorded(model: Model, x: Tensor, geometry: mg.Geometry, show: bool) -> Tensor:
@@ -181,18 +187,22 @@ def test_a_loop_of_ones_own_records_the_inputs():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_without_inputs_the_optimizer_steps_as_before_and_that_is_said_once():
+def riemannian(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
+    return take_over(model, optimizer, **{"step": "riemannian", "fisher": None} | options)
+
+
+def test_without_inputs_riemannian_adam_steps_and_that_is_said_once():
     model, plain = converted(), converted()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, plain)]
     geometry = natural(model, optimizers[0], hooks=False, fisher=None)
+    riemannian(plain, optimizers[1])
     for seed in range(3):
         x = batch(seed=seed)
         token_loss(recorded(model, x, geometry, show=False)).backward()
         token_loss(plain(x)).backward()
         if seed == 0:
-            with pytest.warns(
-                UserWarning, match=r"no tokens of blocks\.0\.gate, blocks\.1\.gate were seen .* x=\.\.\."
-            ):
+            said = r"no tokens of blocks\.0\.gate, blocks\.1\.gate were seen .* x=\.\.\..* Riemannian Adam steps blocks"
+            with pytest.warns(UserWarning, match=said):
                 optimizers[0].step()
         else:
             optimizers[0].step()
@@ -201,6 +211,7 @@ def test_without_inputs_the_optimizer_steps_as_before_and_that_is_said_once():
             optimizer.zero_grad()
     for ours, theirs in zip(routers(model), routers(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert "geometry/movement" not in geometry.metrics()
 
 
 class OddBlock(LinearGateBlock):
@@ -214,14 +225,32 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_logits_that_are_not_linear_stop_the_run_at_once(on_error):
-    model = build(OddBlock)
-    mg.geometrize(model, select="blocks.*.gate")
-    optimizer = torch.optim.AdamW(model.parameters())
-    natural(model, optimizer, select="blocks.*.gate", on_error=on_error)
-    with pytest.raises(ValueError, match=r"are not x Wᵀ .* take step='riemannian'"):
-        model(batch())
+@pytest.mark.parametrize("resumed", [False, True])
+def test_routers_whose_logits_are_not_linear_have_riemannian_adam(resumed):
+    def run(how) -> list[Tensor]:
+        model = build(OddBlock)
+        mg.geometrize(model, select="blocks.*.gate")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        geometry = how(model, optimizer, select="blocks.*.gate", fisher=None)
+        for seed in range(4):
+            backward(model, seed)
+            if seed == 0 and how is natural:
+                with pytest.warns(
+                    UserWarning, match=r"logits of router blocks\.\d\.gate are not x Wᵀ .*: Riemannian Adam"
+                ):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+            if resumed and seed == 1:
+                state = geometry.state_dict()
+                geometry.detach()
+                geometry = how(model, optimizer, select="blocks.*.gate", fisher=None)
+                geometry.load_state_dict(state)
+        return routers(model)
+
+    for ours, theirs in zip(run(natural), run(riemannian), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_sigmoid_routers_are_limited_in_their_own_p():

@@ -102,7 +102,9 @@ def test_routers_that_differ_are_stepped_each_in_its_own_way():
         model = Routers().double()
         weights = [router.weight for router in model.routers]
         optimizer = torch.optim.SGD([{"params": weights[1:]}, {"params": weights[:1], "lr": 0.02}], lr=0.01)
-        geometry = mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF))
+        geometry = mg.attach(
+            model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF, step="riemannian")
+        )
         for step in range(4):
             for index in chosen:
                 if (index, step) != (2, 0):  # not used in the first step
@@ -264,7 +266,7 @@ def test_routers_on_different_manifolds_and_of_different_types_are_not_stacked()
     weights = [router.weight for router in model.routers]
     before = [w.detach().clone() for w in weights]
     optimizer = torch.optim.SGD(weights, lr=0.01)
-    mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF))
+    mg.attach(model, optimizer, mg.GeometryConfig(select="routers.*", hooks=False, regularizers=OFF, step="riemannian"))
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     optimizer.step()

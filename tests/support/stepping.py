@@ -19,7 +19,7 @@ def converted(seed: int = 0, manifold: str = "polar") -> Model:
 
 
 def take_over(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
-    config = {"top_k": 2, "regularizers": OFF, "on_error": "raise"} | options
+    config = {"top_k": 2, "regularizers": OFF, "on_error": "raise", "step": "riemannian"} | options
     return mg.attach(model, optimizer, mg.GeometryConfig(**config))
 
 

@@ -23,7 +23,9 @@ def _model(manifold: str | None = "polar", bias: bool = True) -> LanguageModel:
 
 def _attached(model: LanguageModel, **options: object) -> torch.optim.Optimizer:
     optimizer = adamw(model, routers="riemannian", **options)
-    mg.attach(model, optimizer, mg.GeometryConfig(regularizers=mg.Regularizers.none(), on_error="raise"))
+    mg.attach(
+        model, optimizer, mg.GeometryConfig(step="riemannian", regularizers=mg.Regularizers.none(), on_error="raise")
+    )
     return optimizer
 
 

@@ -241,7 +241,7 @@ BAD = {
     "optimizer.lr=-0.1": "lr must be at least 0, got -0.1",
     "optimizer.router_lr=-1": "router_lr must be at least 0, got -1",
     "optimizer.lr=fast": "optimizer.lr must be float, got 'fast'",
-    "router=linear": "optimizer=riemannian needs routers on a manifold and this model has none: take router=polar",
+    "router=linear": "optimizer=natural needs routers on a manifold and this model has none: take router=polar",
     "router.manifold=torus": "torus",
     "geometry.regularizers.fsi=-1": "regularizers.fsi must be a weight of at least 0, got -1",
     "geometry.fisher=exact": "fisher must be 'parameters', 'outputs', 'minibatch' or None, got 'exact'",
