@@ -23,8 +23,8 @@ class NaturalConfig:
         limit: r, radians: a step is shortened until the exact mean KL divergence of the routing before it from that
             after it, on the kept rows, is at most r²/2. The routing then moves by about r (RMS over tokens). None: no
             limit.
-        limit_follows_lr: r shrinks with the learning rate: times ``lr / initial_lr``, at most 1, where the group has an
-            ``initial_lr`` (every scheduler of torch sets it).
+        limit_follows_lr: r shrinks with the learning rate of the group: times its ratio to the largest it had so far or
+            is known to have (``initial_lr``, ``max_lr``, which schedulers of torch leave in the group).
         momentum: of the natural gradients, a tangent vector that is carried along; bias-corrected.
         second_moment: of their squared lengths in the Fisher metric. The momentum is divided by the root, so that its
             length says how far the gradients agree: a step has length ``lr · limit`` where they do, less where they are
