@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,24 @@ class Hook:
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """Pickle as a hook that does nothing."""
         return _make_nothing, ()
+
+
+class Pausable:
+    """What sees something, except inside of ``pause()``."""
+
+    _paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing inside."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _is_active(self) -> bool:
+        return not self._paused
 
 
 def nothing(*_: Any) -> None:

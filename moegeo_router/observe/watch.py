@@ -19,14 +19,14 @@ from .build import check_sites, estimator_of, taps_of
 from .findings import Findings
 from .fisher import TraceEstimator
 from .forward import LayerForward, rows
-from .hooks import recomputing
+from .hooks import Pausable, recomputing
 from .statistics import LayerStatistics, RoutingStatistics
 from .taps import LayerTap
 from .tokens import TokenTap
 from .window import Window
 
 
-class Watch:
+class Watch(Pausable):
     """Collects the sums of every training forward and backward pass, and hands the forwards on.
 
     Args:
@@ -60,7 +60,7 @@ class Watch:
         check_sites(sites, config)
         self._config, self._on_forward, self._on_stop, self._strict = config, on_forward, on_stop, strict
         self._sites = list(sites) if config.hooks else []
-        self._watching, self._stopped, self._paused = True, False, False
+        self._watching, self._stopped = True, False
         self._findings = Findings(config)
         self._had_graph: dict[str, bool] = {}
         self._tapped = {site.name for site in self._sites}
@@ -92,15 +92,6 @@ class Watch:
         """The layers whose router has a gradient although no training forward of theirs was ever seen."""
         trained = [site.name for site in self._sites if site.weight.grad is not None]
         return [name for name in trained if name not in self._findings.seen]
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """See nothing inside."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def tokens(self, **given: Tensor | None) -> Any:
         """Say what the tokens of the forwards inside are, see ``TokenTap.given``."""
@@ -174,9 +165,6 @@ class Watch:
         for estimator in self._estimators.values():
             estimator.remove()
         self._taps = []
-
-    def _is_active(self) -> bool:
-        return not self._paused
 
     def _estimator(self, layer: str, tap: LayerTap | None) -> TraceEstimator:
         return estimator_of(tap, self._config, partial(self._add_traces, layer), partial(self._fail, layer))

@@ -43,6 +43,12 @@ class Movement(NamedTuple):
     limited: Tensor
 
 
+def in_a_row(parts: Sequence[Movement]) -> Movement:
+    """Return the movements of several stacks, which may be on several devices, as one."""
+    device = parts[0].moved.device
+    return Movement(*(torch.cat([part.to(device) for part in column]) for column in zip(*parts, strict=True)))
+
+
 class NaturalRule:
     """Moves L routers by ``exp_W(-η Δ)``, ``Δ = (G + λ_G)⁻¹ ∇W (A + λ_A)⁻¹`` and η from the speed limit.
 
@@ -70,18 +76,22 @@ class NaturalRule:
         scale: float | None = None,
         group: Any = None,
     ) -> None:
+        from ..geometry.rows import OrthonormalRows
+
         self.samples, self._config = list(samples), config
         self._manifold, self._scores, self._scale, self._group = manifold, scores, scale, group
-        self._routers, experts, self._width = like.shape
-        joined = like.new_zeros(self._routers, experts, self._width + bias)
+        # The geodesics of orthonormal rows are matrix exponentials; their retraction is one QR.
+        self._travel = manifold.retr if isinstance(manifold, OrthonormalRows) else manifold.expmap
+        routers, experts, self._width = like.shape
+        joined = like.new_zeros(routers, experts, self._width + bias)
         # The column of 1 that a bias adds does not make a full factor into two blocks.
         self._fisher = KroneckerFisher(joined, config.block + (bias and config.block > 1), scores)
         self._bias, self._step, self._window, self._peak, self._known = bias, 0, 0, 0.0, False
         self._tensors = {
-            "limit": like.new_full((self._routers,), math.nan),  # NaN: the configured one
-            "count": like.new_zeros(self._routers),
+            "limit": like.new_full((routers,), math.nan),  # NaN: the configured one
+            "count": like.new_zeros(routers),
             "momentum": joined,
-            "length": like.new_zeros(self._routers),
+            "length": like.new_zeros(routers),
             "change": torch.zeros_like(joined),
         }
         self.rest()
@@ -132,7 +142,7 @@ class NaturalRule:
             active_L[index] = False
         delta_LED = self._tangent(point, self._fisher.solve(torch.where(_wide(active_L), slope_LED, 0)), fixed)
         active_L &= delta_LED.isfinite().all(dim=-1).all(dim=-1)
-        direction_LED = self._averaged(torch.where(_wide(active_L), delta_LED, 0), kept, config, group, active_L)
+        direction_LED = self._averaged(torch.where(_wide(active_L), delta_LED, 0), kept, config, active_L)
         if self._scale is None:
             direction_LED = direction_LED + group["weight_decay"] * _joined(point)
         step_LED = torch.where(_wide(active_L), -self.rate(group) * self._tangent(point, direction_LED, fixed), 0)
@@ -162,10 +172,11 @@ class NaturalRule:
         """
         tensors = self._tensors | self._fisher.tensors()
         for name, values in tensors.items():
-            saved = [entry.get(name) for entry in states]
-            if any(not isinstance(value, Tensor) or value.shape != values.shape[1:] for value in saved):
+            known = [entry[name] for entry in states if isinstance(entry.get(name), Tensor)]
+            saved = [value for value in known if value.shape == values.shape[1:]]
+            if len(saved) < len(states):
                 raise ValueError(f"the state of a natural step has another {name} than {tuple(values.shape[1:])}")
-            values.copy_(torch.stack(saved))  # type: ignore[arg-type]
+            values.copy_(torch.stack(saved))
         self._step, self._window, self._peak = (states[0][name] for name in ("step", "window", "peak"))
         for sample, entry in zip(self.samples, states, strict=True):
             sample.steps = entry["rows_seen"]
@@ -201,9 +212,7 @@ class NaturalRule:
             joined_LED[index, :, self._width :] = 0
         return joined_LED
 
-    def _averaged(
-        self, delta_LED: Tensor, kept: KeptRouting, config: NaturalConfig, group: Mapping[str, Any], active_L: Tensor
-    ) -> Tensor:
+    def _averaged(self, delta_LED: Tensor, kept: KeptRouting, config: NaturalConfig, active_L: Tensor) -> Tensor:
         """Take the natural gradients into the averages, and return the direction they give.
 
         With ``second_moment`` it is the momentum over the root of the mean squared length, times the limit. Lengths are
@@ -253,8 +262,7 @@ class NaturalRule:
         return after
 
     def _moved(self, point: Point, step_LED: Tensor) -> Point:
-        move = self._manifold.retr if self._manifold.name == "Orthonormal rows" else self._manifold.expmap
-        weight = move(point.weight, step_LED[..., : self._width])
+        weight = self._travel(point.weight, step_LED[..., : self._width])
         return Point(weight, None if point.bias is None else point.bias + step_LED[..., self._width])
 
     def _change(self, before: Point, after: Point) -> Tensor:

@@ -14,16 +14,17 @@ from torch.optim import Optimizer
 from ..config import NaturalConfig
 from ..observe.build import refuse_sharded, unwrapped
 from ..observe.forward import LayerForward
+from ..observe.hooks import Pausable
 from ..observe.taps import LayerTap
 from ..observe.tokens import TokenTap
 from ..routers.find import RouterSite, Select, find_routers
 from ..routers.gating import ScoreFunction
-from .natural import OPTIONS, Movement
+from .natural import OPTIONS, Movement, in_a_row
 from .rules import NaturalRules
 from .stack import RouterStack, group_alike
 
 
-class NaturalGradient(Optimizer):
+class NaturalGradient(Pausable, Optimizer):
     """Steps the routers of a model, weights and biases, by natural gradients within a geodesic speed limit.
 
     The Fisher information of the routing distribution in the router's weight is kept as ``F ≈ G ⊗ A`` (K-FAC's form,
@@ -74,7 +75,7 @@ class NaturalGradient(Optimizer):
         _check_names(options, OPTIONS)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize} | asdict(NaturalConfig(**options))
         chosen = _sites_of_groups(model, groups, select, defaults)
-        self._built = self._paused = False
+        self._built = False
         super().__init__(
             [{"params": _parameters(sites)} | own for sites, own in chosen],
             defaults,
@@ -99,9 +100,7 @@ class NaturalGradient(Optimizer):
     @property
     def movement(self) -> Movement:
         """What the last step did, in the order of ``names``; NaN for routers that were not stepped."""
-        parts = [rules.movement for rules in self._rules]
-        device = parts[0].moved.device
-        return Movement(*(torch.cat([part.to(device) for part in parts]) for parts in zip(*parts, strict=True)))
+        return in_a_row([rules.movement for rules in self._rules])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,15 +147,6 @@ class NaturalGradient(Optimizer):
         """
         with self._tokens.given(mask=mask > 0):
             yield
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """See nothing inside: probes, generation, anything in training mode that no step follows."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGradient:
         """Refuse: a copy would step the same routers and see none of their tokens."""
@@ -209,9 +199,7 @@ class NaturalGradient(Optimizer):
                 raise ValueError(f"weight_decay has no meaning for rows of fixed norm: router {stack.names[0]}")
 
     def _tap(self, model: nn.Module, sites: Sequence[RouterSite]) -> list[LayerTap | TokenTap]:
-        def active() -> bool:
-            return not self._paused
-
+        active = self._is_active
         names = {site.name for site in sites}
         self._tokens = TokenTap(model, names, lambda _: None, _raise, active=active)
         taps = (

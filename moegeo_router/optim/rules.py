@@ -1,4 +1,4 @@
-"""Which rule moves a stack of routers, and what it is given."""
+"""Natural-gradient rules for the stacks of a model, and what they are given."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import NaturalConfig
 from ..observe.forward import LayerForward
 from ..observe.statistics import world_size
 from ..routers.gating import ScoreFunction
-from .natural import Movement, NaturalRule
+from .natural import Movement, NaturalRule, in_a_row
 from .point import TiedRouters
-from .riemannian import RiemannianAdamRule
 from .rows import RouterRows, RowSample
-
-
-def riemannian_rule(like: Tensor, manifold: Any, routers: Sequence[TiedRouters], *, scale: float) -> RiemannianAdamRule:
-    """Return Riemannian Adam for a stack."""
-    return RiemannianAdamRule(like, manifold, scale)
 
 
 class NaturalRules:
@@ -91,6 +84,4 @@ class NaturalRules:
     @property
     def movement(self) -> Movement:
         """What the last steps did, all routers in a row."""
-        parts = [rule.movement for rule, _ in self._rules]
-        device = parts[0].moved.device  # stacks may be on several
-        return Movement(*(torch.cat([part.to(device) for part in parts]) for parts in zip(*parts, strict=True)))
+        return in_a_row([rule.movement for rule, _ in self._rules])

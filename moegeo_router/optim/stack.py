@@ -159,8 +159,7 @@ class RouterStack:
         return Point(weight, bias)
 
     def _masters(self) -> Point:
-        weight = _stacked(self._weights)
-        return Point(weight, _stacked(self._biases).to(weight.dtype) if self._biases else None)
+        return _point(self._weights, self._biases)
 
     def _gathered(self) -> Point:
         """Return the withheld gradients, 0 where there is none."""
@@ -169,8 +168,12 @@ class RouterStack:
             [known.get(parameter, torch.zeros_like(parameter)) for parameter in parameters]
             for parameters in (self._weights, self._biases)
         )
-        weight = _stacked(weights)
-        return Point(weight, _stacked(biases).to(weight.dtype) if biases else None)
+        return _point(weights, biases)
+
+
+def _point(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Point:
+    weight = _stacked(weights)
+    return Point(weight, _stacked(biases).to(weight.dtype) if biases else None)
 
 
 def _of_one(point: Point, index: int) -> dict[str, Tensor]:

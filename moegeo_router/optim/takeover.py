@@ -22,8 +22,10 @@ from ..observe.forward import LayerForward
 from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
 from .natural import Movement, NaturalRule
+from .point import TiedRouters
+from .riemannian import RiemannianAdamRule
 from .rows import NotLinearError
-from .rules import NaturalRules, riemannian_rule
+from .rules import NaturalRules
 from .stack import RouterStack, group_alike
 
 
@@ -61,7 +63,7 @@ class RouterSteps:
         self._unfit: dict[str, str] = {}
         for optimizer in self._optimizers:
             _refuse_second(optimizer)
-        self._riemannian = partial(riemannian_rule, scale=scale)
+        self._scale = scale
         self._rule = self._riemannian if natural is None else partial(natural.rule, scale=scale)
         self._stacks = self._collect(sites)
         self._handles = [
@@ -169,6 +171,9 @@ class RouterSteps:
             for key, together in alike.items()
         ]
 
+    def _riemannian(self, like: Tensor, manifold: Any, routers: Sequence[TiedRouters]) -> RiemannianAdamRule:
+        return RiemannianAdamRule(like, manifold, self._scale)
+
     def _together(self, weight: nn.Parameter, bias: nn.Parameter) -> bool:
         """Whether a router's bias is stepped with its weight: by natural steps, where one optimizer holds both."""
         places = [self._place(parameter) for parameter in (weight, bias)]
@@ -211,25 +216,22 @@ class RouterSteps:
 
     def _check_tokens(self, stack: RouterStack) -> None:
         """Have Riemannian Adam step a stack, from now on, that lacks what natural steps need."""
-        unfit = [self._unfit[name] for name in stack.names if name in self._unfit]
         if not isinstance(stack.rule, NaturalRule) or all(parameter.grad is None for parameter in stack.parameters):
             return
+        reasons = [self._unfit[name] for name in stack.names if name in self._unfit]
         missing = [name for name, known in zip(stack.names, stack.rule.ready(), strict=True) if not known]
-        if unfit:
-            self._fall_back(stack)
-            self._tell(stack, unfit[0])
-        elif missing:
+        if missing:
             seen = "were seen in training mode (record takes them as x=...)"
+            reasons.append(f"no tokens of {', '.join(missing)} {seen}, which natural steps need")
+        if reasons:
             self._fall_back(stack)
-            self._tell(stack, f"no tokens of {', '.join(missing)} {seen}, which natural steps need")
+            names = ", ".join(stack.names)
+            warnings.warn(f"{reasons[0]}: Riemannian Adam steps {names} instead", stacklevel=2)
 
     def _fall_back(self, stack: RouterStack) -> None:
         assert self._natural is not None
         self._natural.forget(stack.names)
         stack.fall_back(self._riemannian)
-
-    def _tell(self, stack: RouterStack, reason: str) -> None:
-        warnings.warn(f"{reason}: Riemannian Adam steps {', '.join(stack.names)} instead", stacklevel=2)
 
     def _give_back(self, optimizer: Optimizer) -> None:
         for stack in self._stacks:
