@@ -27,6 +27,21 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+def gradients_both_ways(block: type[nn.Module], regularizers: mg.Regularizers) -> list[list[Tensor]]:
+    """The gradients of two steps with the regularizers added to the loss, then of two with them injected."""
+    found = []
+    for inject in (False, True):
+        model = build(block)
+        optimizer, geometry = attached(model, inject=inject, regularizers=regularizers)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = token_loss(model(batch()))
+            (loss if inject else loss + geometry.loss()).backward()
+            found.append(gradients(model))
+            optimizer.step()
+    return found
+
+
 def test_asked_for_and_not_added_is_an_error_that_says_what_to_do():
     model = build()
     optimizer, geometry = attached(model)
@@ -211,16 +226,7 @@ def test_gates_may_be_changed_in_place_after_they_were_passed_on():
             gates /= gates.sum(-1, keepdim=True)
             return x + self.experts(x.reshape(-1, D), ids, gates).view_as(x)
 
-    found = []
-    for inject in (False, True):
-        model = build(InPlace)
-        optimizer, geometry = attached(model, inject=inject, regularizers=mg.Regularizers(fsi=1.0, z=0.1))
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss = token_loss(model(batch()))
-            (loss if inject else loss + geometry.loss()).backward()
-            found.append(gradients(model))
-            optimizer.step()
+    found = gradients_both_ways(InPlace, mg.Regularizers(fsi=1.0, z=0.1))
     for ours, theirs in zip(found[1], found[3], strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -375,16 +381,7 @@ def test_gradients_are_injected_into_gates_that_come_from_the_experts_inputs():
             gating = mg.topk_gating(self.router(x.reshape(-1, D)), 2, renormalize=False)
             return x + self.experts(x.reshape(-1, D), gating.ids, gating.weights).view_as(x)
 
-    found = []
-    for inject in (False, True):
-        model = build(GatingBlock)
-        optimizer, geometry = attached(model, inject=inject, regularizers=mg.Regularizers(fsi=0.0, fhs=1.0))
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss = token_loss(model(batch()))
-            (loss if inject else loss + geometry.loss()).backward()
-            found.append(gradients(model))
-            optimizer.step()
+    found = gradients_both_ways(GatingBlock, mg.Regularizers(fsi=0.0, fhs=1.0))
     for ours, theirs in zip(found[1], found[3], strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not all(map(torch.equal, found[0], found[1]))  # the regularizer has an effect

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 import moegeo_router as mg
 from tests.support.moe import D, E, LinearGateBlock, Model, batch, build, token_loss
 from tests.support.routing import mean_kl, probabilities
-from tests.support.stepping import backward, converted, routers, take_over, train
-
-LIMIT = 0.05
-
-
-def natural(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
-    return take_over(model, optimizer, **{"step": "natural", "natural": mg.NaturalConfig(limit=LIMIT)} | options)
+from tests.support.stepping import LIMIT, backward, converted, natural, routers, take_over, train
 
 
 @pytest.mark.parametrize("manifold", ["polar", "sphere", "orthonormal", "euclidean"])

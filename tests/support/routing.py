@@ -64,3 +64,19 @@ def probabilities(model: Router, x: Tensor, scores: str = "softmax") -> Tensor:
 def mean_kl(p: Tensor, q: Tensor) -> float:
     tiny = 1e-300
     return float((p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1).mean())
+
+
+class TwoSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a_router, self.b_router = nn.Linear(8, 4, bias=False), nn.Linear(8, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a_router(x).softmax(-1)[..., 0] + self.b_router(x).softmax(-1)[..., 1]
+
+
+def one_step(model: Router, optimizer: mg.NaturalGradient, seed: int = 0) -> float:
+    optimizer.zero_grad()
+    model.loss(inputs("random", seed=seed)).backward()
+    optimizer.step()
+    return float(optimizer.movement.moved)

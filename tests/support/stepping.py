@@ -10,6 +10,7 @@ from moegeo_router.geometry import PolarRows
 from tests.support.moe import LinearGateBlock, Model, batch, build, token_loss
 
 OFF = mg.Regularizers.none()
+LIMIT = 0.05  # of natural steps, radians
 
 
 def converted(seed: int = 0, manifold: str = "polar") -> Model:
@@ -21,6 +22,10 @@ def converted(seed: int = 0, manifold: str = "polar") -> Model:
 def take_over(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
     config = {"top_k": 2, "regularizers": OFF, "on_error": "raise", "step": "riemannian"} | options
     return mg.attach(model, optimizer, mg.GeometryConfig(**config))
+
+
+def natural(model: nn.Module, optimizer: object, **options: object) -> mg.Geometry:
+    return take_over(model, optimizer, **{"step": "natural", "natural": mg.NaturalConfig(limit=LIMIT)} | options)
 
 
 def backward(model: nn.Module, seed: int = 1, scale: float = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from trainers.studies.region import SIZE, SMOKE_SIZE, TOKENS_PER_STEP
@@ -127,8 +127,3 @@ PRIORS = Comparison(
 )
 
 COMPARISONS: Mapping[str, Comparison] = {"limits": LIMITS, "priors": PRIORS}
-
-
-def settings_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the settings that occur in rows, in their order."""
-    return list(dict.fromkeys(row["labels"]["setting"] for row in rows))  # type: ignore[index]

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.studies.comparison import Comparison, settings_of
-from trainers.studies.intervals import mean_interval, paired_difference
-from trainers.studies.region_grid import with_half_width
-from trainers.studies.region_report import origin_lines, reasons
-from trainers.studies.rows import Row
+from trainers.studies.comparison import Comparison
+from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
+from trainers.studies.origin import origin_lines
+from trainers.studies.rows import Row, reasons
 
 
 def write_comparison(study: Comparison, rows: Sequence[Row], path: Path) -> Path:
@@ -22,7 +21,7 @@ def write_comparison(study: Comparison, rows: Sequence[Row], path: Path) -> Path
         path: of the Markdown file.
     """
     lines = [f"# {study.title}", "", study.question, "", *origin_lines(rows), "", *_legend(study)]
-    for setting in settings_of(rows):
+    for setting in dict.fromkeys(row["labels"]["setting"] for row in rows):
         lines += ["", f"## {setting}", "", *_table(study, [row for row in rows if row["labels"]["setting"] == setting])]
     path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
     return path

@@ -87,3 +87,9 @@ def paired_difference(
     """
     differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     return mean_interval(differences, confidence) if differences else None
+
+
+def with_half_width(interval: Interval, sign: str = "") -> str:
+    """Return "1.234 ± 0.005", or the mean alone where one value says nothing of its uncertainty."""
+    mean = f"{interval.mean:{sign}.3f}"
+    return mean if math.isnan(interval.half_width) else f"{mean} ± {interval.half_width:.3f}"

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,22 @@ def cpu_model() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def origin_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return where rows come from: commands, dates, commits, hardware, seeds."""
+    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
+    dates = sorted({row["started"][:10] for row in rows})
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return [
+        *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
+        f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
+        f"- commit: {', '.join(_unique(row['commit'] for row in rows))}",
+        f"- hardware: {'; '.join(machines)}; one thread a run; {versions}",
+        f"- seeds: {len({row['seed'] for row in rows})}; {len(rows)} runs, "
+        f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
+    ]
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trainers.studies.intervals import Interval, mean_interval
+from trainers.studies.intervals import mean_interval, with_half_width
 from trainers.studies.region import ARMS
 from trainers.studies.rows import Row
 from trainers.studies.runs import StudyError
@@ -45,12 +44,6 @@ class Cell:
             notes.append(f"n = {len(self.loss)}")
         dead = f" ({mean_interval([*self.dead.values()]).mean:.0%})" if self.dead else ""
         return ", ".join([f"{with_half_width(mean_interval([*self.loss.values()]))}{dead}", *notes])
-
-
-def with_half_width(interval: Interval, sign: str = "") -> str:
-    """Return "1.234 ± 0.005", or the mean alone where one value says nothing of its uncertainty."""
-    mean = f"{interval.mean:{sign}.3f}"
-    return mean if math.isnan(interval.half_width) else f"{mean} ± {interval.half_width:.3f}"
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from trainers.studies.intervals import mean_interval, paired_difference
+from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
+from trainers.studies.origin import origin_lines
 from trainers.studies.region import REFERENCE
 from trainers.studies.region_figure import write_figure
-from trainers.studies.region_grid import Grid, grid_of, with_half_width
-from trainers.studies.rows import Row
+from trainers.studies.region_grid import Grid, grid_of
+from trainers.studies.rows import Row, reasons
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -56,25 +57,6 @@ def _head(rows: Sequence[Row], grid: Grid) -> Iterator[str]:
     )
 
 
-def origin_lines(rows: Sequence[Row]) -> list[str]:
-    """Return where rows come from: commands, dates, commits, hardware, seeds."""
-    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
-    dates = sorted({row["started"][:10] for row in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
-    return [
-        *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
-        f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
-        f"- commit: {', '.join(_unique(row['commit'] for row in rows))}",
-        f"- hardware: {'; '.join(machines)}; one thread a run; {versions}",
-        f"- seeds: {len({row['seed'] for row in rows})}; {len(rows)} runs, "
-        f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
-    ]
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
 def _tables(grid: Grid) -> Iterator[str]:
     for balance in grid.balances:
         yield from ("", f"## Balance weight {balance:g}", "")
@@ -114,11 +96,3 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
         return "0"
     difference = paired_difference(ours, theirs)
     return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
-
-
-def reasons(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the runs that have no result, and why."""
-    lost = [row for row in rows if row["status"] != "done"]
-    if lost:
-        yield from ("", "## Runs without a result", "")
-        yield from (f"- {row['key']}: {row['status']}, {row['reason']}" for row in lost)

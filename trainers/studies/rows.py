@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -152,3 +152,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def reasons(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the runs that have no result, and why."""
+    lost = [row for row in rows if row["status"] != "done"]
+    if lost:
+        yield from ("", "## Runs without a result", "")
+        yield from (f"- {row['key']}: {row['status']}, {row['reason']}" for row in lost)
