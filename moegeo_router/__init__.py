@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from . import geometry
 from .attach import Geometry, attach
 from .config import GeometryConfig, NaturalConfig
+from .control.config import ControlConfig, SetPoint
+from .control.plant import Applied, Intervention, Order, Plant
+from .control.thresholds import Threshold
 from .geometry import fisher_rao_distance
 from .losses import Regularizers
 from .metrics import (
@@ -49,18 +52,25 @@ if TYPE_CHECKING:
     from .geometry.rows import PolarRows
 
 __all__ = [
+    "Applied",
+    "ControlConfig",
     "ExpertPrior",
     "FisherRaoSimplex",
     "Gating",
     "GeometricRouter",
     "Geometry",
     "GeometryConfig",
+    "Intervention",
     "NaturalConfig",
     "NaturalGradient",
+    "Order",
+    "Plant",
     "PolarRows",
     "Regularizers",
     "RouterSite",
+    "SetPoint",
     "SignBias",
+    "Threshold",
     "__version__",
     "attach",
     "dispersion",

@@ -6,22 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import GeometryConfig
+from .control.controller import Event
+from .control.wiring import control_loop, guard_of
 from .losses import Regularizers
 from .metrics.load import load_share
 from .metrics.summary import expert_scalars, flatten, layer_scalars, movement_scalars, short_names
 from .observe.build import refuse_second_watch, unwrapped
 from .observe.forward import LayerForward
-from .observe.statistics import RoutingStatistics
+from .observe.statistics import RoutingStatistics, without_traces
 from .observe.watch import Watch
 from .optim import NaturalRules, RouterSteps
 from .regularization import Regularization, RegularizerError, regularization_of, warn_of_own_loss
 from .routers.find import RouterSite, find_routers
 
 if TYPE_CHECKING:
+    from .control.loop import ControlLoop
     from .loggers import Logger
 
 FORMAT = 2
@@ -93,7 +97,7 @@ class Geometry:
             model,
             sites,
             config,
-            join=config.inject and self._regularization.on,
+            join=config.inject and (self._regularization.on or config.controller == "act"),
             sequences=self._regularization.weights.balance_scope == "sequence",
             on_begin=self._begin_forward,
             on_forward=self._observe,
@@ -101,16 +105,27 @@ class Geometry:
             strict=RegularizerError,
         )
         self._steps: RouterSteps | None = None
+        self._control: ControlLoop | None = None
+        # Before the steps are taken over: a gradient that is not finite must reach no one.
+        self._guard = guard_of(optimizers, config.control, config.controller, config.grad_scaler, config.group)
+        self._numbers: dict[str, Tensor] = {}
+        self._fresh: dict[str, dict[str, float]] | None = None
         try:
             self._steps = self._take_over(sites, optimizers)
+            self._control = self._control_of(sites, optimizers)
         except ValueError:
-            self._watch.unhook()  # what could not be attached leaves no hooks behind
+            self.detach()  # what could not be attached leaves no hooks behind
             raise
 
     @property
     def _stepped(self) -> list[str]:
         """The routers in the order of the numbers that their natural steps report."""
         return [] if self._steps is None else self._steps.names
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a step with a gradient that is not finite is not taken."""
+        return self._guard is not None and self._watch.watching
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -175,8 +190,26 @@ class Geometry:
             layer, logits, ids=ids, mask=mask, x=x, gates=gates, output=output, domains=domains, sequences=sequences
         )
 
-    def step(self) -> None:
-        """End an optimizer step: for loops whose optimizer was not given, or has no step hooks. On every rank."""
+    def record_loss(self, loss: Tensor) -> Tensor:
+        """Tell the controller the loss of a micro-batch, and return it: without it no loss is watched or forecast.
+
+        Args:
+            loss: a scalar, the mean over the micro-batch's tokens; every rank and micro-batch counts alike.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar, got {tuple(loss.shape)}")
+        if self._control is not None and self._watch.watching:
+            self._control.record_loss(loss)
+        return loss
+
+    def step(self, loss: Tensor | None = None) -> None:
+        """End an optimizer step: for loops whose optimizer was not given, or has no step hooks. On every rank.
+
+        Args:
+            loss: see ``record_loss``.
+        """
+        if loss is not None:
+            self.record_loss(loss)
         if not self._has_optimizer and self._attached:
             self._before_step()
             self._after_step()
@@ -207,21 +240,29 @@ class Geometry:
         if newest is None or not self._watch.watching:
             return {}
         (reduced, numbers), before = newest, self._watch.window.previous
-        scalars = {
-            name: layer_scalars(reduced.layers[name], None if before is None else before.layers.get(name))
-            for name in self.layers
-            if name in reduced.layers
-        }
-        scalars = {name: found for name, found in scalars.items() if found}
-        for name, moved in zip(self._stepped, movement_scalars(numbers), strict=False):
-            if name in scalars:
-                scalars[name] |= moved
+        scalars = self._fresh if self._fresh is not None else self._scalars(reduced, before, numbers)
         experts = None
         if self.config.per_expert:
             experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}
         flat = flatten(scalars, self.config.per_layer, experts)
         values = numbers["regularizers"]
         return flat | ({"geometry/regularizer": float(values.sum())} if scalars and len(values) else {})
+
+    def events(self) -> list[Event]:
+        """Return the controller's alerts, actions and outcomes since the last call (or ``log_control``)."""
+        return [] if self._control is None else self._control.events()
+
+    def log_control(self, logger: Logger, step: int) -> list[Event]:
+        """Write the controller's readings and events since the last call, and return the events.
+
+        Readings go to logs that are read back (JSON lines), from which ``python -m moegeo_router.replay`` comes to the
+        same decisions; events everywhere.
+
+        Args:
+            logger: where to.
+            step: the optimizer step.
+        """
+        return [] if self._control is None else self._control.log(logger, step)
 
     def log_pictures(self, logger: Logger, step: int) -> None:
         """Write a heatmap of the experts' load and histograms of their shares, every ``pictures_every`` steps.
@@ -273,6 +314,10 @@ class Geometry:
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
+        if self._guard is not None:
+            self._guard.remove()
+        if self._control is not None:
+            self._control.remove()
         self._stop_regularizing()
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,6 +329,8 @@ class Geometry:
             "sums": None if self._reduced is None else self._reduced.flat().cpu(),
             "sensitivities": {n: c.cpu() for n, c in self._regularization.sensitivities().items()},
             "routers": {} if self._steps is None else self._steps.state_dict(),
+            "numbers": {name: values.cpu() for name, values in self._numbers.items()},
+            "control": None if self._control is None else self._control.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,6 +351,9 @@ class Geometry:
             self._steps.load_state_dict(state["routers"])
         elif state["routers"]:
             raise ValueError("geometry's state holds the routers' steps: give attach the optimizer")
+        # A state from before there was a controller has none of it.
+        if self._control is not None and state.get("control") is not None:
+            self._control.load(state["control"])
         if state["sums"] is not None:
             empty = RoutingStatistics.zeros(experts.items(), num_domains=self.config.num_domains)
             if len(empty.flat()) != len(state["sums"]):
@@ -311,7 +361,9 @@ class Geometry:
             window.experts |= experts
             self._reduced = empty.unflat(state["sums"])
             values = self._regularization.restore(self._reduced, dict(state["sensitivities"]))
-            window.post(self._reduced, {"regularizers": values})
+            self._numbers = dict(state.get("numbers", {})) | {"regularizers": values}
+            self._fresh = None
+            window.post(self._reduced, self._numbers)
 
     def _take_over(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> RouterSteps | None:
         if not optimizers:
@@ -327,10 +379,30 @@ class Geometry:
             after=self._after_step,
         )
 
+    def _control_of(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> ControlLoop | None:
+        config = self.config
+        if config.controller is None:
+            return None
+        return control_loop(
+            self._model,
+            sites,
+            optimizers,
+            config=config.control,
+            mode=config.controller,
+            interventions=config.interventions,
+            steps=self._steps,
+            regularization=self._regularization,
+            paused=self.pause,
+            scores=config.scores,
+            group=config.group,
+        )
+
     def _observe(self, seen: LayerForward, trained: bool) -> None:
         self._regularization.observe(seen, trained)
         if self._steps is not None:
             self._steps.observe(seen)
+        if self._control is not None:
+            self._control.observe(seen)
 
     def _begin_forward(self, arguments: Mapping[str, Any]) -> None:
         self._regularization.begin_forward()
@@ -345,17 +417,52 @@ class Geometry:
 
     def _after_step(self) -> None:
         with self._watch.guarded("the sums of a step"):
+            skipped = self._guard is not None and self._guard.take()
             reduced = self._watch.close()
             if reduced is not None:
-                numbers = {"regularizers": self._regularization.end_step(reduced)}
                 movement = None if self._steps is None else self._steps.movement
-                if movement is not None:
-                    numbers |= movement._asdict()
-                self._reduced = reduced
+                numbers: dict[str, Tensor] = {} if movement is None else movement._asdict()
+                if self._control is not None:
+                    reduced = without_traces(reduced) if skipped else reduced
+                    numbers |= self._controlled(self._control, reduced, numbers, skipped)
+                # After the controller, which may have changed what they weigh.
+                numbers["regularizers"] = self._regularization.end_step(reduced)
+                self._reduced, self._numbers = reduced, numbers
                 self._watch.window.post(reduced, numbers)
         # Only now, when every rank has learnt of it: a natural step is one of all ranks together.
         if self._watch.stopped and self._steps is not None:
             self._steps.leave_natural_steps()
+
+    def _controlled(
+        self, control: ControlLoop, reduced: RoutingStatistics, numbers: Mapping[str, Tensor], skipped: bool
+    ) -> dict[str, Tensor]:
+        """Hand a step to the controller: this one, or on an accelerator the one before, which has arrived by now."""
+        device = reduced.failures.device
+        own = {"loss": control.loss_sums(device), "skipped": torch.full((1,), float(skipped), device=device)}
+        window = self._watch.window
+        control.begin_turn()
+        if device.type != "cuda":
+            newest = window.newest(wait=False)
+            self._fresh = self._scalars(reduced, None if newest is None else newest[0], numbers)
+            control.turn(reduced, self._fresh, own)
+        elif (newest := window.newest(wait=True)) is not None:
+            control.turn(newest[0], self._scalars(newest[0], window.previous, newest[1]), newest[1])
+        return own
+
+    def _scalars(
+        self, reduced: RoutingStatistics, before: RoutingStatistics | None, numbers: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """Return the scalars of every layer that has some."""
+        scalars = {
+            name: layer_scalars(reduced.layers[name], None if before is None else before.layers.get(name))
+            for name in self.layers
+            if name in reduced.layers
+        }
+        scalars = {name: found for name, found in scalars.items() if found}
+        for name, moved in zip(self._stepped, movement_scalars(numbers), strict=False):
+            if name in scalars:
+                scalars[name] |= moved
+        return scalars
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .control.config import ControlConfig
 from .losses import Regularizers
 from .observe.fisher import Estimator, GatesScale, LossScale
 from .routers.find import Select
@@ -13,6 +14,7 @@ from .routers.gating import ScoreFunction
 
 Step = Literal["riemannian", "natural"]
 OnError = Literal["warn", "raise"]
+ControllerMode = Literal["observe", "advise", "act"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,10 @@ class GeometryConfig:
         router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or 1 times the group's
             schedule (``"natural"``).
         natural: how natural steps are made.
+        controller: ``"observe"``: alerts when a metric of the table goes wrong; ``"advise"``: also what it would do
+            about it; ``"act"``: and does it. None: no controller. It never changes which step the routers have.
+        control: thresholds, set-points, ladders and budgets of the controller.
+        interventions: of one's own (``control.plant.Intervention``), for the ladders.
         per_layer: ``metrics()`` also has every layer's scalars.
         per_expert: ``metrics()`` also has the load share, the share of the traces and p̄ of every expert.
         pictures_every: ``log_pictures`` writes at every so many steps; 0: never.
@@ -123,6 +129,9 @@ class GeometryConfig:
     step: Step | None = "natural"
     router_lr: float = 1.0
     natural: NaturalConfig = field(default_factory=NaturalConfig)
+    controller: ControllerMode | None = "observe"
+    control: ControlConfig = field(default_factory=ControlConfig)
+    interventions: tuple[Any, ...] = ()
     per_layer: bool = False
     per_expert: bool = False
     pictures_every: int = 0
@@ -136,6 +145,7 @@ class GeometryConfig:
         _check_choice("gates", self.gates, get_args(GatesScale))
         _check_choice("step", self.step, (*get_args(Step), None))
         _check_choice("on_error", self.on_error, get_args(OnError))
+        _check_choice("controller", self.controller, (*get_args(ControllerMode), None))
         for name, least in (("top_k", 1), ("num_domains", 0), ("accumulation", 1), ("pictures_every", 0)):
             value = getattr(self, name)
             if value is None and name == "top_k":
@@ -148,6 +158,8 @@ class GeometryConfig:
             raise ValueError(f"regularizers must be a Regularizers(...) or None, got {self.regularizers!r:.80}")
         if not isinstance(self.natural, NaturalConfig):
             raise ValueError(f"natural must be a NaturalConfig(...), got {self.natural!r:.80}")
+        if not isinstance(self.control, ControlConfig):
+            raise ValueError(f"control must be a ControlConfig(...), got {self.control!r:.80}")
         if self.accumulation > 1 and not self.inject:
             raise ValueError("accumulation is for injected gradients (inject=True): loss() is divided with your loss")
         if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":

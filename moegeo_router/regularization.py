@@ -73,6 +73,8 @@ class Regularization:
     ) -> None:
         self.weights, self._required, self._config = weights, required, config
         self._sites = {site.name: site for site in sites}
+        self._added: dict[str, dict[str, dict[str, float]]] = {}
+        self._of_layer: dict[str, Regularizers] = {}
         self._references: dict[str, Linearization] = {}
         self._sensitivities: dict[str, Tensor] = {}
         self._pending: list[LayerForward] = []
@@ -82,7 +84,35 @@ class Regularization:
     @property
     def on(self) -> bool:
         """Whether any regularizer is on."""
-        return bool(self.weights.active)
+        return bool(self.weights.active or self._of_layer)
+
+    def add_weights(self, layer: str, owner: str, weights: Mapping[str, float]) -> None:
+        """Add to the weights of one layer, instead of what the same owner added before; nothing takes it back.
+
+        Args:
+            layer: whose.
+            owner: who adds them.
+            weights: by name of the regularizer.
+        """
+        added = self._added.setdefault(layer, {})
+        added.pop(owner, None)
+        if weights:
+            added[owner] = dict(weights)
+        total = {name: getattr(self.weights, name) for own in added.values() for name in own}
+        for own in added.values():
+            for name, weight in own.items():
+                total[name] += weight
+        self._of_layer.pop(layer, None)
+        if total:
+            self._of_layer[layer] = replace(self.weights, **total)
+
+    def added(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return what was added, by layer and owner."""
+        return {layer: {owner: dict(own) for owner, own in added.items()} for layer, added in self._added.items()}
+
+    def weights_of(self, layer: str) -> Regularizers:
+        """Return the weights in force in one layer."""
+        return self._of_layer.get(layer, self.weights)
 
     def begin_forward(self) -> None:
         """Forget forwards that no ``loss()`` asked for: it is about the newest one."""
@@ -98,7 +128,7 @@ class Regularization:
         Raises:
             RegularizerError: what a regularizer needs is not known.
         """
-        if not self.on or self._frozen(seen.layer):
+        if not self.weights_of(seen.layer).active or self._frozen(seen.layer):
             return
         if self._config.inject:
             if seen.logits.requires_grad:
@@ -142,8 +172,10 @@ class Regularization:
         reached, self._reached = self._reached, set()
         if not self.on:
             return
-        missing = [name for name in seen if name not in reached and not self._frozen(name)]
-        if never_seen and self._required:
+        missing = [
+            name for name in seen if name not in reached and self.weights_of(name).active and not self._frozen(name)
+        ]
+        if never_seen and self._required and self.weights.active:
             self._complain(never_seen, UNSEEN)
         elif missing and self._config.inject:
             self._complain(missing, "their block does not use the logits that were tapped")
@@ -153,9 +185,9 @@ class Regularization:
             )
 
     def _complain(self, layers: Sequence[str], why: str) -> None:
-        names = ", ".join(self.weights.active)
+        names = ", ".join(self.weights.active or self.weights_of(layers[0]).active)
         message = f"the regularizers ({names}) reached no router of {', '.join(layers)}: {why}"
-        if self._required:
+        if self._required and self.weights.active:  # not for what a controller added
             raise RegularizerError(message)
         if not self._told:
             self._told = True
@@ -185,23 +217,23 @@ class Regularization:
         if not self.on:
             return torch.zeros(0)
         for layer, sums in reduced.layers.items():
-            self._references[layer] = linearize(self.weights, sums, self._sensitivities.get(layer))
+            self._references[layer] = linearize(self.weights_of(layer), sums, self._sensitivities.get(layer))
         return torch.stack([self._references[layer].value for layer in reduced.layers])
 
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
-        config = self._config
-        if (self.weights.fhs or self.weights.balance) and seen.ids is None and config.top_k is not None:
+        config, weights = self._config, self.weights_of(seen.layer)
+        if (weights.fhs or weights.balance) and seen.ids is None and config.top_k is not None:
             ids, gates = top_choices(rows(seen.logits), config.top_k, config.scores, config.renormalize)
             seen = replace(seen, ids=ids, gates=gates)
-        if self.weights.balance and seen.ids is None:
+        if weights.balance and seen.ids is None:
             raise RegularizerError(
                 f"layer {seen.layer} does not show the experts chosen, which balance needs: set top_k"
             )
-        if self.weights.fhs and seen.gates is None:
+        if weights.fhs and seen.gates is None:
             raise RegularizerError(f"layer {seen.layer} does not show its gates, which fhs needs")
         reference = self._references.get(seen.layer)
         try:
-            return additive_loss(seen, self.weights, reference, scores=self._config.scores, tokens=tokens)
+            return additive_loss(seen, weights, reference, scores=self._config.scores, tokens=tokens)
         except ValueError as error:
             raise RegularizerError(str(error)) from None
 

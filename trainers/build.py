@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from moegeo_router.loggers import JSONLLogger, Logger, MultiLogger, TensorBoardLogger, WandbLogger
 from trainers.data.base import Data, LanguageData, VisionData
+from trainers.faults import Fault
 from trainers.loop import Interrupted, NonFiniteError
 from trainers.models.language import LanguageModel
 from trainers.models.vision import VisionModel
@@ -99,6 +100,11 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
 def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
     """Return the optimizer of ``config.optimizer`` for ``model``."""
     return build(config, "optimizer")(model)
+
+
+def build_fault(config: DictConfig) -> Fault | None:
+    """Return the fault of ``config.fault``, None without one."""
+    return build(config, "fault") if config.get("fault") else None  # as with the prior
 
 
 def build_logger(

@@ -22,13 +22,17 @@ from trainers import checkpoint as checkpoints
 from trainers.checkpoint import Checkpoint
 from trainers.data.base import Batch, Data
 from trainers.evaluation import Evaluation, autocast, evaluate, target_losses
+from trainers.faults import Fault
 from trainers.models.moe import ModelOutput
 from trainers.observation import token_values
-from trainers.optimizers import learning_rate_scale, set_learning_rates
+from trainers.optimizers import set_learning_rates
 from trainers.priors import update_priors
 from trainers.progress import Progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+#: Steps in a row that the controller's guard may skip, before the run stops.
+MAX_SKIPPED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class Trainer:
         directory: the run's folder; checkpoints go to ``directory/checkpoints``.
         device: where to train.
         meta: plain JSON that a resumed run must find unchanged or wants to keep (configuration, wandb's run id).
+        fault: is put into the run on purpose; None: none.
     """
 
     def __init__(
@@ -107,10 +112,13 @@ class Trainer:
         directory: Path,
         device: torch.device,
         meta: Mapping[str, Any] | None = None,
+        fault: Fault | None = None,
     ) -> None:
         self.model, self.data, self.optimizer, self.config = model, data, optimizer, config
         self.logger, self.directory, self.device, self.meta = logger, directory, device, dict(meta or {})
-        self.step = 0
+        self.step, self.fault = 0, fault or Fault()
+        self._skipped = 0
+        self.fault.prepare(model, data)
         self.geometry = mg.attach(model, optimizer, replace(geometry, num_domains=len(data.domains)))
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
 
@@ -123,7 +131,7 @@ class Trainer:
             Exception: whatever the data, the model or the logger raise; the state is saved.
         """
         if self.step >= self.config.steps:
-            return evaluate(self.model, self.data, self.device, self.config.precision)
+            return self._validated()
         if self.step == 0:
             self.save()  # from here on the folder says what it holds, and a kill before the next save loses little
         with stop_requests() as stop, progress:
@@ -144,12 +152,15 @@ class Trainer:
         while self.step < self.config.steps:
             started = time.perf_counter()
             try:
-                scalars = self.train_step(self.data.train_batch(self.step))
+                batch = self.fault.batch(self.step, self.data.train_batch(self.step), self.data)
+                scalars = self.train_step(batch)
             except NonFiniteError as error:
                 raise self._saved_non_finite(str(error)) from None
             scalars["train/tokens_per_second"] = scalars["train/tokens"] / (time.perf_counter() - started)
             self.logger.log(scalars, self.step)
             self.geometry.log_pictures(self.logger, self.step)
+            for event in self.geometry.log_control(self.logger, self.step):
+                progress.mark(self.step, event.line)
             progress.update(self.step, scalars)
             if self.step == self.config.steps:
                 return
@@ -171,7 +182,7 @@ class Trainer:
             raise ValueError(f"step {self.step}: the batch has no targets, every position is padding")
         padded = not bool(batch.mask.all())
         batch = batch.to(self.device)
-        scale = learning_rate_scale(
+        scale = self.fault.learning_rate(
             self.step, steps=self.config.steps, warmup=self.config.warmup, final=self.config.final_lr
         )
         set_learning_rates(self.optimizer, scale)
@@ -179,24 +190,35 @@ class Trainer:
         with autocast(self.config.precision, self.device), self.geometry.tokens(mask, domains=batch.domains):
             output: ModelOutput = self.model(batch.inputs)
         loss = (target_losses(output, batch) * batch.mask).sum() / batch.mask.sum()
+        self.geometry.record_loss(loss)
         total = loss if self.geometry.config.inject else loss + self.geometry.loss()
         total.backward()
+        self.fault.after_backward(self.step, self.model)
         norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         scalars = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
-        if not all(map(_is_finite, scalars.values())):
+        broken = not all(map(_is_finite, scalars.values()))
+        self._skipped = self._skipped + 1 if broken else 0
+        if broken and not self._may_skip():
             place = _non_finite_place(output, scalars, self.model)
             self._zero_grad()
             raise NonFiniteError(f"{place} at step {self.step}; the step was not taken")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         self.optimizer.step()
-        update_priors(self.model, output.routing, mask, lr_scale=scale)
+        if not broken:
+            update_priors(self.model, output.routing, mask, lr_scale=scale)
         self._zero_grad()
+        self.fault.after_step(self.step, self.model, self.optimizer)
         self.step += 1
         # Of an image, the model sees a token a patch.
         tokens = len(next(iter(output.routing.values())).logits)
         seen = tokens if mask is None else int(token_values(mask, tokens).sum())
         scalars |= {"train/tokens": float(seen), "train/lr_scale": scale}
         return scalars | self.geometry.metrics()
+
+    def _may_skip(self) -> bool:
+        """Return whether a broken step can be passed over: the controller guards, and the weights are sound."""
+        few = self._skipped <= MAX_SKIPPED
+        return self.geometry.guarded and few and _first_non_finite(self.model.named_parameters()) is None
 
     def save(self) -> Path:
         """Save everything a resumed run needs; return the checkpoint's folder.
@@ -250,9 +272,13 @@ class Trainer:
         self.step = state.step
 
     def _evaluate(self) -> Evaluation:
-        evaluation = evaluate(self.model, self.data, self.device, self.config.precision)
+        evaluation = self._validated()
         self.logger.log(evaluation.scalars(self.geometry.config.per_layer), self.step)
         return evaluation
+
+    def _validated(self) -> Evaluation:
+        data = self.fault.validation(self.step, self.data)
+        return evaluate(self.model, data, self.device, self.config.precision)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

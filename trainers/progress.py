@@ -14,7 +14,7 @@ SMOOTHING = 0.1
 
 
 class Progress(Protocol):
-    """What the training loop tells: a context in which ``update`` is called once a step."""
+    """What the training loop tells: a context in which ``update`` is called once a step, ``mark`` now and then."""
 
     def __enter__(self) -> Progress:
         """Begin."""
@@ -26,6 +26,9 @@ class Progress(Protocol):
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
         """Show that ``step`` steps are done and what the last one found."""
+
+    def mark(self, step: int, line: str) -> None:
+        """Show one line about something that happened."""
 
 
 class Silent:
@@ -41,6 +44,9 @@ class Silent:
         """End."""
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def mark(self, step: int, line: str) -> None:
         """Do nothing."""
 
 
@@ -64,6 +70,10 @@ class Lines(Silent):
             self._next = time.monotonic() + self._seconds
             layers = "".join(f"  {line}" for line in layer_lines(scalars))
             print(f"step {step}/{self._steps}  {fields}{layers}", flush=True)
+
+    def mark(self, step: int, line: str) -> None:
+        """Print the line at once."""
+        print(f"step {step}  {line}", flush=True)
 
 
 class Bar(Silent):
@@ -103,6 +113,11 @@ class Bar(Silent):
         """Move the bar, and show every layer."""
         self._bar.layers = layer_lines(scalars)
         self._bar.update(self._task, completed=step, s=_fields(scalars, self._speed))
+
+    def mark(self, step: int, line: str) -> None:
+        """Print the line above the bar."""
+        # As it is: brackets are no markup, numbers and names have no colours of their own.
+        self._bar.console.print(f"step {step}  {line}", markup=False, highlight=False, emoji=False)
 
 
 def for_terminal(steps: int, done: int = 0) -> Progress:

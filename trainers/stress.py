@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from trainers.studies.comparison import COMPARISONS, comparison
 from trainers.studies.comparison_report import write_comparison
+from trainers.studies.faults import Faults
+from trainers.studies.faults_report import write_faults
 from trainers.studies.region import ARMS, BALANCES, MULTIPLIERS, Region
 from trainers.studies.region_report import write_report
 from trainers.studies.rows import Row, read_rows
@@ -27,6 +29,7 @@ SMOKE: dict[str, Any] = {
     "arms": ("linear_adamw", "polar_riemannian"),
     "multipliers": (1.0, 64.0),
 }
+SMOKE_FAULTS: dict[str, Any] = {"seeds": 1, "tokens": 16 * 1024, "smoke": True}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    run = region if options.study == "region" else compare
+    run = {"region": region, "faults": faults}.get(options.study, compare)
     try:
         run(options, shlex.join([*PROGRAM.split(), *arguments]))
     except KeyboardInterrupt:
@@ -67,6 +70,18 @@ def region(options: argparse.Namespace, command: str) -> None:
     rows = _rows(options, command, [] if options.report else Region(**_grid(options)).runs())
     for written in write_report(rows, out):
         print(written)
+
+
+def faults(options: argparse.Namespace, command: str) -> None:
+    """Run the fault study, or only write its report.
+
+    Raises:
+        StudyError: as from ``run_study``, or no rows to report.
+    """
+    grid = SMOKE_FAULTS if options.smoke else {}
+    given = {"seeds": options.seeds, "tokens": options.tokens}
+    runs = Faults(**grid | {name: value for name, value in given.items() if value is not None}).runs()
+    print(write_faults(_rows(options, command, runs), _folder(options)))
 
 
 def compare(options: argparse.Namespace, command: str) -> None:
@@ -128,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--multipliers", **floats, help=f"of the learning rate ({_listed(MULTIPLIERS)})")
     grid.add_argument("--balances", **floats, help=f"weights of the load-balance loss ({_listed(BALANCES)})")
     grid.add_argument("--data", help="a language data set of configs/data (stdlib)")
+    broken = studies.add_parser(
+        "faults",
+        help="faults and the controller",
+        description="Break trainings, with and without the controller.",
+        allow_abbrev=False,
+    )
+    _common(broken, "faults", 3)
+    broken.add_argument("--tokens", type=int, help="of one training (300000)")
     for name, study in COMPARISONS.items():
         own = studies.add_parser(name, help=study.title.lower(), description=study.question, allow_abbrev=False)
         _common(own, name, study.seeds)

@@ -94,6 +94,7 @@ def train(config: DictConfig) -> None:
             directory=directory,
             device=device,
             meta=meta,
+            fault=build.build_fault(config),
         )
         if saved is not None:
             trainer.restore(saved)

@@ -11,13 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from numbers import Real
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 RESERVED_KEYS = frozenset({"step", "time", "event", "non_finite", "histogram", "heatmap"})
 """Keys that a logger writes itself beside the caller's."""
 
 BINS = 20
 """The bins of every histogram."""
+
+Level = Literal["info", "warning", "error"]
+"""How bad something is that a person is told."""
+
+ALERT_KEYS = frozenset({"title", "text", "level"})
+"""Keys under which an alert's row holds what a person reads, beside the caller's fields."""
 
 
 class Logger(Protocol):
@@ -44,6 +50,34 @@ class Logger(Protocol):
 
         Raises:
             ValueError: a field is reserved or cannot be written as JSON, or the step is invalid.
+        """
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Write a row for programs, not people: only logs that are read back keep it.
+
+        Args:
+            kind: as in ``event``.
+            fields: as in ``event``.
+            step: as in ``event``.
+
+        Raises:
+            ValueError: as in ``event``.
+        """
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Write what a person should hear of.
+
+        Args:
+            kind: as in ``event``.
+            title: a line that says what happened.
+            text: the rest of it; may be empty.
+            level: how bad it is.
+            fields: its details, as in ``event``, and other than ``title``, ``text`` and ``level``.
+            step: as in ``event``.
+
+        Raises:
+            ValueError: as in ``event``; a title that is empty or of several lines, a text that is none, or an unknown
+                level.
         """
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
@@ -120,6 +154,37 @@ def check_event(kind: str, fields: Mapping[str, object], step: int) -> None:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"fields[{key!r}]: expected something JSON can hold, got {error}") from None
+
+
+def check_alert(
+    kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int
+) -> dict[str, object]:
+    """Check one alert.
+
+    Args:
+        kind: as in ``Logger.alert``.
+        title: as in ``Logger.alert``.
+        text: as in ``Logger.alert``.
+        level: as in ``Logger.alert``.
+        fields: as in ``Logger.alert``.
+        step: as in ``Logger.alert``.
+
+    Returns:
+        The fields of the event that it is: the caller's, and ``title``, ``text`` and ``level``.
+
+    Raises:
+        ValueError: as in ``Logger.alert``.
+    """
+    check_event(kind, fields, step)
+    if taken := sorted(ALERT_KEYS.intersection(fields)):
+        raise ValueError(f"fields: expected keys other than {sorted(ALERT_KEYS)}, got {taken[0]!r}")
+    if not isinstance(title, str) or len(title.splitlines()) != 1:
+        raise ValueError(f"title: expected one line, got {title!r:.80}")
+    if not isinstance(text, str):
+        raise ValueError(f"text: expected a string, got {type(text).__name__}")
+    if level not in get_args(Level):
+        raise ValueError(f"level: expected one of {', '.join(get_args(Level))}, got {level!r}")
+    return {**fields, "title": title, "text": text, "level": level}
 
 
 def check_histogram(key: str, values: Sequence[float], step: int) -> None:
@@ -222,6 +287,12 @@ class NullLogger:
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Do nothing."""
 
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Do nothing."""
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Do nothing."""
+
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """Do nothing."""
 
@@ -253,6 +324,16 @@ class MultiLogger:
         """Write one event to every logger (see ``Logger.event``)."""
         check_event(kind, fields, step)
         self._feed(f"step {step}", lambda logger: logger.event(kind, fields, step))
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Write one row for programs to every logger (see ``Logger.record``)."""
+        check_event(kind, fields, step)
+        self._feed(f"step {step}", lambda logger: logger.record(kind, fields, step))
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Write one alert to every logger (see ``Logger.alert``)."""
+        check_alert(kind, title, text, level, fields, step)
+        self._feed(f"step {step}", lambda logger: logger.alert(kind, title, text, level, fields, step))
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """Write one distribution to every logger (see ``Logger.histogram``)."""

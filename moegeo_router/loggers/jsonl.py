@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import bin_values, check_event, check_heatmap, check_histogram, check_metrics
+from .base import Level, bin_values, check_alert, check_event, check_heatmap, check_histogram, check_metrics
 
 
 class JSONLLogger:
@@ -55,6 +55,14 @@ class JSONLLogger:
         check_event(kind, fields, step)
         nested = {key: value if isinstance(value, float) else _finite(value) for key, value in fields.items()}
         self._write({"step": step, "time": time.time(), "event": kind}, nested)
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Write the row of an event (see ``Logger.record``)."""
+        self.event(kind, fields, step)
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Write the row of an event with ``title``, ``text`` and ``level`` among its fields (see ``Logger.alert``)."""
+        self.event(kind, check_alert(kind, title, text, level, fields, step), step)
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """Write one distribution, as the counts in equal bins and the edges of these (see ``Logger.histogram``)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import bin_values, check_event, check_heatmap, check_histogram, check_metrics
+from .base import Level, bin_values, check_alert, check_event, check_heatmap, check_histogram, check_metrics
 from .picture import heatmap_caption, heatmap_picture
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class TensorBoardLogger:
     """Write rows to a TensorBoard event file (numbers in TensorBoard's own single precision).
 
-    An event is a text "event/<kind>" with its fields as JSON. Every row is handed to the operating system at once: a
-    killed process loses none, and TensorBoard shows it while the run goes on.
+    An event is a text "event/<kind>" with its fields as JSON, an alert the same below what it tells. Every row is
+    handed to the operating system at once: a killed process loses none, and TensorBoard shows it while the run goes on.
 
     Args:
         directory: the folder of this run, made if missing. TensorBoard shows the event files of a folder as one run:
@@ -48,9 +48,18 @@ class TensorBoardLogger:
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
-        # A block of code: TensorBoard reads texts as Markdown.
-        text = f"```\n{json.dumps(dict(fields), indent=2, ensure_ascii=False)}\n```"
-        self._writer.add_text(f"event/{kind}", text, step)
+        self._writer.add_text(f"event/{kind}", _as_block(fields), step)
+        self._writer.flush()
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Check the row and keep nothing of it (see ``Logger.record``)."""
+        check_event(kind, fields, step)
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Write one alert (see ``Logger.alert``)."""
+        check_alert(kind, title, text, level, fields, step)
+        told = f"**{level}: {title}**\n\n{text}\n\n{_as_block(fields)}"
+        self._writer.add_text(f"event/{kind}", told, step)
         self._writer.flush()
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
@@ -88,6 +97,11 @@ class TensorBoardLogger:
     def how_to_open(self) -> str:
         """One line that tells a person how to see the logs."""
         return f"tensorboard: `tensorboard --logdir {self.directory}` shows it here"
+
+
+def _as_block(fields: Mapping[str, object]) -> str:
+    # A block of code: TensorBoard reads texts as Markdown.
+    return f"```\n{json.dumps(dict(fields), indent=2, ensure_ascii=False)}\n```"
 
 
 def _summary_writer() -> type[SummaryWriter]:

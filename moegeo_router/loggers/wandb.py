@@ -9,15 +9,16 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .base import bin_values, check_event, check_heatmap, check_histogram, check_metrics
+from .base import Level, bin_values, check_alert, check_event, check_heatmap, check_histogram, check_metrics
 from .picture import heatmap_caption, heatmap_picture
 
 if TYPE_CHECKING:
-    from wandb import Run
+    from wandb import Run, Table
 
 Mode = Literal["auto", "offline", "online", "disabled"]
 
@@ -33,6 +34,18 @@ QUIET = {
 FINISH_TIMEOUT_S = 60.0
 """How long ``close`` waits for an upload; what is not uploaded by then stays on disk for ``wandb sync``."""
 
+TABLE = "geometry/events"
+"""The key of the table of alerts."""
+
+COLUMNS = ("step", "kind", "level", "title", "text", "fields")
+"""Its columns; the fields are JSON text."""
+
+PARTS = 99
+"""The most parts of a table: of more, wandb's page shows the newest, and each row names all parts before it."""
+
+TITLE_CHARACTERS = 63
+"""The longest title that wandb sends to a person."""
+
 
 class WandbLogger:
     """Write rows to a Weights & Biases run of its own (a run the caller has open is left alone).
@@ -40,6 +53,9 @@ class WandbLogger:
     The x axis of every chart is the key "step", not wandb's row counter: wandb's own counter can only grow, so after
     a resume it would refuse the rows since the checkpoint. An event is a row `{"event/<kind>": 1,
     "event/<kind>/<field>": value}`; numbers and texts stay, anything nested becomes JSON text.
+    An alert is such a row without its text, a row of the table "geometry/events", which has all of it, and a
+    notification, for which wandb takes alerts of one title within a minute for one. The table goes on after a resume,
+    an offline one included as long as the folders of the earlier runs are there.
 
     Args:
         project: wandb project.
@@ -92,6 +108,9 @@ class WandbLogger:
         self.run_id: str = self._run.id
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._directory = Path(directory)
+        self._table: Table | None = None
+        self._parts = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers (see ``Logger.log``)."""
@@ -101,8 +120,25 @@ class WandbLogger:
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
-        row = {f"event/{kind}/{key}": _scalar(value) for key, value in fields.items()}
-        self._run.log({"step": step, f"event/{kind}": 1, **row})
+        self._run.log({"step": step, **_event_row(kind, fields)})
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Check the row and keep nothing of it (see ``Logger.record``)."""
+        check_event(kind, fields, step)
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Write one alert, and have wandb notify whoever asked it to (see ``Logger.alert``)."""
+        check_alert(kind, title, text, level, fields, step)
+        levels = _import_wandb().AlertLevel
+        names = {"info": levels.INFO, "warning": levels.WARN, "error": levels.ERROR}
+        self._run.alert(_shortened(title), text, level=names[level])
+        # Begun again by itself, the table of a run that wandb resumed would have the rows of the former run twice.
+        if self._table is None or (self._parts == PARTS and not self._run.resumed):
+            self._table, self._parts = self._begin_table(), 0
+        self._table.add_data(step, kind, level, title, text, json.dumps(dict(fields)))
+        row = _event_row(kind, {**fields, "level": level, "title": title})
+        self._run.log({"step": step, **row, TABLE: self._table})
+        self._parts += 1
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """Write one distribution (see ``Logger.histogram``)."""
@@ -128,6 +164,15 @@ class WandbLogger:
             return f"wandb: {self._run.url}"
         folder = Path(self._run.dir).parent
         return f"wandb (offline): `wandb leet {folder}` shows it here, `wandb sync {folder}` uploads it"
+
+    def _begin_table(self) -> Table:
+        """Return a table of the alerts so far, earlier runs included where wandb does not go on from them."""
+        # Incremental: each log writes a part, the new rows.
+        table = _import_wandb().Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
+        if not self._run.resumed:  # False offline, where wandb asks no server what the run was
+            for row in _earlier_rows(self._directory, self.run_id):
+                table.add_data(*row)
+        return table
 
 
 def _import_wandb() -> ModuleType:
@@ -191,6 +236,26 @@ def _is_logged_in(wandb: ModuleType) -> bool:
 
     host = wandb.setup().settings.base_url
     return wbauth.authenticate_session(host=host, source="WandbLogger", prompt=False, update_session=False) is not None
+
+
+def _earlier_rows(directory: Path, run_id: str) -> list[tuple[Any, ...]]:
+    """Return the rows of the tables that the runs of this id left in their folders, each once, oldest first."""
+    folders = sorted(directory.glob(f"wandb/*run-*-{run_id}"), key=lambda folder: folder.name.removeprefix("offline-"))
+    rows: dict[tuple[Any, ...], None] = {}  # a run's first part repeats the rows of the runs before it
+    for folder in folders:
+        parts = (folder / "files/media/table").glob(f"{TABLE}_*.table.json")
+        for part in sorted(parts, key=lambda path: int(path.name.split("_")[1])):
+            with suppress(ValueError):  # a file that a kill cut short
+                rows |= dict.fromkeys(tuple(row) for row in json.loads(part.read_bytes())["data"])
+    return list(rows)
+
+
+def _event_row(kind: str, fields: Mapping[str, object]) -> dict[str, object]:
+    return {f"event/{kind}": 1} | {f"event/{kind}/{key}": _scalar(value) for key, value in fields.items()}
+
+
+def _shortened(title: str) -> str:
+    return title if len(title) <= TITLE_CHARACTERS else title[: TITLE_CHARACTERS - 1] + "…"
 
 
 def _scalar(value: object) -> object:

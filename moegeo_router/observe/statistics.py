@@ -196,6 +196,12 @@ class RoutingStatistics:
         return RoutingStatistics(layers, failures)
 
 
+def without_traces(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Return the same sums with Fisher traces of 0: those of a backward pass that broke say nothing."""
+    layers = {name: layer.with_traces(torch.zeros_like(layer.traces)) for name, layer in statistics.layers.items()}
+    return RoutingStatistics(layers, statistics.failures)
+
+
 def world_size(group: Any = None) -> int:
     """Return the number of ranks of a process group; 1 where nothing is distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

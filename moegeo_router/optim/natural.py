@@ -116,6 +116,16 @@ class NaturalRule:
         """Set the speed limit of one router, radians, in place of the configured one."""
         self._tensors["limit"][index] = math.inf if limit is None else limit
 
+    def forget(self, index: int, experts: Sequence[int]) -> None:
+        """Clear the momentum of a router's rows, and their last change."""
+        for name in ("momentum", "change"):
+            self._tensors[name][index, list(experts)] = 0
+
+    @property
+    def limits(self) -> list[float | None]:
+        """The speed limits in force, radians; None: no limit. Reads them back from the device."""
+        return [None if math.isinf(limit) else limit for limit in self._limits(self._config).tolist()]
+
     def rest(self) -> None:
         """Take note of a step in which no router has a gradient: its tokens are not kept for the next."""
         for sample in self.samples:

@@ -69,6 +69,9 @@ class StepRule(Protocol):
     def rest(self) -> None:
         """Take note of a step in which no router has a gradient."""
 
+    def forget(self, index: int, experts: Sequence[int]) -> None:
+        """Let go of what is known of the last steps of a router's rows: they are others from here on."""
+
     def state(self, index: int) -> dict[str, Any]:
         """Return what one router's next steps depend on."""
 

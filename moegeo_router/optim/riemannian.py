@@ -61,6 +61,19 @@ class RiemannianAdamRule:
                 self._stepper.state[self._point][name][index] = values
         return Point(self._point.data)
 
+    def forget(self, index: int, experts: Sequence[int]) -> None:
+        """Clear the momentum of a router's rows, and give them the others' mean second moment.
+
+        Not 0: after many steps nothing corrects for an average that begins anew, and the first step would be long.
+        """
+        state, rows = self._stepper.state.get(self._point, {}), list(experts)
+        if "exp_avg" in state:
+            state["exp_avg"][index, rows] = 0
+        second = state.get("exp_avg_sq")
+        if second is not None and second.shape[-2] == self._point.shape[-2]:
+            others = [row for row in range(second.shape[-2]) if row not in rows]
+            second[index, rows] = second[index, others].mean(dim=0) if others else 0
+
     def state(self, index: int) -> dict[str, Any]:
         """Return a router's step count and moments."""
         return {

@@ -51,6 +51,11 @@ class RouterStack:
         """The routers' names, of those that share a weight the first."""
         return [tied.name for tied in self._routers]
 
+    def index_of(self, name: str) -> int | None:
+        """Return the place of a router, of one that shares its weight too; None if it is not here."""
+        places = (i for i, tied in enumerate(self._routers) if any(site.name == name for site in tied.sites))
+        return next(places, None)
+
     @property
     def fixed_norm(self) -> bool:
         """Whether the norms of the rows are fixed."""

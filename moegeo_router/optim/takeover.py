@@ -122,6 +122,31 @@ class RouterSteps:
         if self._natural is not None:
             self._natural.set_limits(limits)
 
+    def forget(self, name: str, experts: Sequence[int]) -> None:
+        """Let go of what is known of the last steps of a router's rows: they are others from here on.
+
+        Raises:
+            ValueError: a router that is not stepped here.
+        """
+        for stack in self._stacks:
+            if (index := stack.index_of(name)) is not None:
+                stack.rule.forget(index, experts)
+                return
+        raise ValueError(f"router {name!r} is not stepped here; those that are: {', '.join(self.names) or 'none'}")
+
+    def is_natural(self, name: str) -> bool:
+        """Whether a router is stepped naturally."""
+        return name in self.speed_limits
+
+    @property
+    def speed_limits(self) -> dict[str, float | None]:
+        """The speed limits of the routers that are stepped naturally, radians a step; None: no limit."""
+        limits: dict[str, float | None] = {}
+        for stack in self._stacks:
+            if isinstance(stack.rule, NaturalRule):
+                limits |= dict(zip(stack.names, stack.rule.limits, strict=True))
+        return limits
+
     @property
     def names(self) -> list[str]:
         """The routers' names, in the order of ``movement``."""

@@ -114,7 +114,7 @@ class GeometricRouter(nn.Linear):
             if "temperature_logit" not in self._parameters:
                 # 1-D because sharded training refuses 0-D parameters.
                 self.temperature_logit = nn.Parameter(self.weight.new_zeros(1))
-            self._set_temperature(_matching_temperature(self.weight))
+            self.set_temperature(_matching_temperature(self.weight))
         put_on_manifold(self.weight, self.manifold, allow_change=True)
         self._project()
 
@@ -201,7 +201,7 @@ class GeometricRouter(nn.Linear):
             if linear.bias is not None:
                 router.bias.copy_(linear.bias)
             if manifold == "sphere":
-                router._set_temperature(_matching_temperature(linear.weight))
+                router.set_temperature(_matching_temperature(linear.weight))
         router._project()
         _copy_flags(linear, router)
         return router
@@ -266,7 +266,8 @@ class GeometricRouter(nn.Linear):
             self.weight.copy_(self.weight.manifold.projx(self.weight))  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _set_temperature(self, temperature: Tensor) -> None:
+    def set_temperature(self, temperature: Tensor) -> None:
+        """Set τ of the cosine router, as near as its bounds allow."""
         low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
         # Just inside the bounds, where the sigmoid still has a gradient.
         share = ((temperature.log() - low) / (high - low)).clamp(0.01, 0.99)

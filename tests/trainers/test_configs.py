@@ -53,7 +53,7 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("data", "experiment", "geometry", "logger", "model", "optimizer", "prior", "router")
+        *("controller", "data", "experiment", "fault", "geometry", "logger", "model", "optimizer", "prior", "router")
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
@@ -88,12 +88,16 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
         "num_domains",
         "accumulation",
         "grad_scaler",
+        "interventions",
     }
     assert set(geometry) - {"_target_"} == set(mg.GeometryConfig.__dataclass_fields__) - left_out - {"group"}
     assert set(geometry.regularizers) - {"_target_"} == set(mg.Regularizers.__dataclass_fields__)
     assert set(geometry.natural) - {"_target_"} == set(mg.NaturalConfig.__dataclass_fields__)
     built = build.build(configuration(), "geometry")
-    assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig()
+    assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig(controller="act")
+    assert built.control == mg.ControlConfig()
+    left_out = {"more_thresholds", "setpoints", "snapshot_every", "snapshots", "snapshot_scope"}
+    assert set(geometry.control) - {"_target_", "_convert_"} == set(mg.ControlConfig.__dataclass_fields__) - left_out
     assert built.regularizers == mg.Regularizers()
     nothing = build.build(configuration("geometry=none", "optimizer=adamw", "model.scores=sigmoid"), "geometry")
     assert (nothing.regularizers.active, nothing.fisher, nothing.step, nothing.scores) == ((), None, None, "sigmoid")

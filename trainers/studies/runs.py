@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moegeo_router.loggers import NullLogger
+from moegeo_router.loggers.base import Level
 from trainers import build
 from trainers.data.base import Data
 from trainers.evaluation import Evaluation
@@ -37,6 +38,7 @@ BASE = (
     "threads=1",
     "logger=jsonl",
     "loop.checkpoint_every=0",
+    "controller=off",
     "geometry.per_layer=true",
     "geometry.pictures_every=0",
     "geometry.on_error=raise",
@@ -74,6 +76,7 @@ class Outcome(TypedDict):
     status: Literal["done", "diverged", "failed"]
     reason: str | None
     results: dict[str, float | None]
+    events: list[dict[str, Any]]
     warnings: list[str]
     data: str | None
     started: str
@@ -115,14 +118,27 @@ class DataCache:
 
 
 class MemoryLogger(NullLogger):
-    """Keeps the rows of numbers and nothing else."""
+    """Keeps the rows of numbers and the alerts, and nothing else.
+
+    Attributes:
+        rows: of numbers.
+        events: the alerts: ``event`` (their kind), ``step``, ``level``, ``title``, and of their fields the texts,
+            numbers and switches, plain JSON.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, float]] = []
+        self.events: list[dict[str, Any]] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep one row of numbers."""
         self.rows.append(dict(metrics))
+
+    def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
+        """Keep an alert, without its text."""
+        plain = {key: value for key, value in fields.items() if value is None or isinstance(value, str | int | float)}
+        numbers = {key: compact(value) for key, value in plain.items() if isinstance(value, float)}
+        self.events.append({**plain, **numbers, "event": kind, "step": step, "level": level, "title": title})
 
 
 def train_run(config: Mapping[str, Any], directory: Path, data: DataCache, progress: Progress | None = None) -> Outcome:
@@ -157,6 +173,7 @@ def train_run(config: Mapping[str, Any], directory: Path, data: DataCache, progr
                 raise
             outcome["status"], outcome["reason"] = "failed", _reason(error, directory)
     outcome["results"] = {name: compact(value) for name, value in outcome["results"].items()}
+    outcome["events"] = logger.events
     outcome["warnings"] = _said(caught)
     outcome["seconds"] = round(time.perf_counter() - began, 2)
     return outcome
@@ -173,6 +190,7 @@ def _begun() -> Outcome:
         "status": "done",
         "reason": None,
         "results": {},
+        "events": [],
         "warnings": [],
         "data": None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -211,6 +229,7 @@ def _trained(
         logger=logger,
         directory=directory,
         device=device,
+        fault=build.build_fault(config),
     )
     evaluation = trainer.run(progress or Silent())
     if not math.isfinite(evaluation.loss):

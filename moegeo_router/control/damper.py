@@ -1,0 +1,53 @@
+"""A brake on single routers, whatever optimizer steps them: a part of every step is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..routers.find import RouterSite
+from ..routers.tag import manifold_of
+
+
+class Damper:
+    """After a step from W₀ to W₁ the weight is ``W₀ + c (W₁ - W₀)``: what a learning rate times c would have given.
+
+    Schedulers set learning rates anew at every step; this is on top of whatever they say. On a manifold the result is
+    projected.
+
+    Args:
+        sites: the routers by name.
+        optimizers: those that step them.
+    """
+
+    def __init__(self, sites: Mapping[str, RouterSite], optimizers: Sequence[Optimizer]) -> None:
+        self._sites = sites
+        self.factors: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
+        self._handles = [optimizer.register_step_pre_hook(self._keep) for optimizer in optimizers]
+
+    def finish(self) -> None:
+        """Take back a part of the steps made since the hooks ran."""
+        for name, before in self._before.items():
+            with torch.no_grad():
+                weight, manifold = self._sites[name].weight, manifold_of(self._sites[name].weight)
+                damped = before + self.factors.get(name, 1.0) * (weight.detach() - before)
+                projected = damped if manifold is None else manifold.projx(damped)  # type: ignore[operator]
+                weight.copy_(projected)
+        self._before = {}
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name in self.factors:
+            weight = self._sites[name].weight
+            if id(weight) in held:
+                self._before[name] = weight.detach().clone()

@@ -1,0 +1,230 @@
+"""The gentle interventions: weights of regularizers, a prior, temperature, speed, learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import simplex
+from ..optim.stack import bias_of
+from ..routers.prior import ExpertPrior
+from ..routers.router import GeometricRouter
+from ..routers.tag import manifold_of
+from .plant import Applied, Intervention, Order, Plant
+
+
+class MoreRegularization(Intervention):
+    """Adds to a layer's weights of the load-balance loss and of FSI²."""
+
+    name, cost = "regularizers", "nothing but the regularizers themselves"
+
+    def __init__(self, balance: float = 0.02, fsi: float = 0.05) -> None:
+        self._balance, self._fsi = balance, fsi
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why not."""
+        return _frozen(plant, layer)
+
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Add to the weights, the more the more often it was ordered."""
+        more = {"fsi": order.strength * self._fsi}
+        if order.load:  # the balance loss needs the choices
+            more["balance"] = order.strength * self._balance
+        plant.regularization.add_weights(order.layer, self.name, more)
+        return Applied(done=True, detail=more)
+
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Take them away again."""
+        plant.regularization.add_weights(layer, self.name, {})
+
+
+class PriorStep(Intervention):
+    """One step of a prior over the experts along the Fisher-Rao geodesic from the load towards balance.
+
+    It moves the layer's ``ExpertPrior`` or, where there is none, the router's bias b by ``log(E π)``, π the prior that
+    such a step from the uniform one makes.
+
+    Args:
+        length: the longest step, radians.
+    """
+
+    name, cost = "prior", "one step; tokens change their experts at once"
+
+    def __init__(self, length: float = 0.2) -> None:
+        self._length = length
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why not."""
+        site = plant.sites[layer]
+        if _prior(plant, layer) is None and bias_of(site) is None:
+            return "the router has no prior that follows the load, and no trained bias"
+        return _frozen(plant, layer)
+
+    @torch.no_grad()
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Take the step."""
+        if not order.load:
+            return Applied(done=False, detail={"reason": "the load is not known"})
+        prior, bias = _prior(plant, order.layer), bias_of(plant.sites[order.layer])
+        tensor = prior.pi if prior is not None else bias
+        assert tensor is not None
+        memory = {"before": tensor.detach().clone()}
+        change_E = self._log_prior(torch.tensor(order.load, dtype=torch.float64))
+        if prior is not None:
+            moved_E = prior.pi.double() * change_E.to(prior.pi.device).exp()
+            prior.pi.copy_(moved_E / moved_E.sum())
+        else:
+            tensor.add_(change_E.to(tensor))
+            memory = {"change": change_E}
+        return Applied(done=True, detail={"largest_change": float(change_E.abs().max())}, memory=memory)
+
+    @torch.no_grad()
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Take the step back."""
+        prior, bias = _prior(plant, layer), bias_of(plant.sites[layer])
+        if "before" in memory and prior is not None:
+            prior.pi.copy_(memory["before"])
+        elif "change" in memory and bias is not None:
+            bias.sub_(memory["change"].to(bias))
+
+    def _log_prior(self, load_E: Tensor) -> Tensor:
+        uniform_E = simplex.uniform(len(load_E), dtype=load_E.dtype)
+        v_E = -simplex.log_map(uniform_E, load_E / load_E.sum())
+        length = float(simplex.inner(uniform_E, v_E, v_E).sqrt())
+        if not length > 0:
+            return torch.zeros_like(load_E)
+        moved_E = simplex.exp_map(uniform_E, min(1.0, self._length / length) * v_E).clamp_min(1e-6)
+        return (moved_E / moved_E.sum() * len(load_E)).log()
+
+
+class Temperature(Intervention):
+    """Softens a router: its logits are divided by τ, which goes back to 1 over the next steps.
+
+    A temperature is the common scale of the rows (and the bias): that is what is divided, so nothing is put into the
+    forward pass. A cosine router has a temperature of its own.
+
+    Args:
+        factor: τ.
+        anneal: steps over which it goes back.
+    """
+
+    name, cost = "temperature", "routing is less decided for a while"
+
+    def __init__(self, factor: float = 2.0, anneal: int = 100) -> None:
+        self._factor, self._anneal = factor, anneal
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why not."""
+        if _scaled(plant, layer) is None:
+            return "rows of fixed norm, and no temperature"
+        return _frozen(plant, layer)
+
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Divide the logits by τ."""
+        _soften(plant, order.layer, self._factor)
+        memory = {"log_factor": math.log(self._factor), "left": self._anneal}
+        return Applied(done=True, detail={"factor": self._factor, "anneal": self._anneal}, memory=memory)
+
+    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Go one step of the way back."""
+        left = int(memory["left"])
+        if not left:
+            return memory
+        part = float(memory["log_factor"]) / left
+        _soften(plant, layer, math.exp(-part))
+        return {"log_factor": memory["log_factor"] - part, "left": left - 1}
+
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Go the rest of the way back."""
+        _soften(plant, layer, math.exp(-float(memory["log_factor"])))
+
+
+class SlowDown(Intervention):
+    """Halves the speed limit of a router's natural steps."""
+
+    name, cost = "speed", "the router learns more slowly"
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why not."""
+        if plant.steps is None or not plant.steps.is_natural(layer):
+            return "not stepped naturally"
+        return None if plant.steps.speed_limits[layer] is not None else "there is no speed limit to lower"
+
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Halve it, again if it was ordered before."""
+        factor = plant.speed_factors.get(order.layer, {}).get(self.name, 1.0)
+        plant.set_speed(order.layer, self.name, factor / 2)
+        return Applied(done=True, detail={"factor": factor / 2}, memory={"before": factor})
+
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Put it back."""
+        plant.set_speed(layer, self.name, float(memory["before"]))
+
+
+class CutRate(Intervention):
+    """Quarters the learning rate of a router, whatever steps it (``Damper``)."""
+
+    name, cost = "router_lr", "the router learns more slowly; a copy of its weight a step"
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why not."""
+        if plant.damper is None:
+            return "no optimizer was given to attach"
+        if plant.steps is not None and plant.steps.is_natural(layer):
+            return "stepped naturally: the speed limit is lowered instead"
+        return _frozen(plant, layer)
+
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Quarter it, again if it was ordered before."""
+        assert plant.damper is not None
+        before = plant.damper.factors.get(order.layer, 1.0)
+        plant.damper.factors[order.layer] = before / 4
+        return Applied(done=True, detail={"factor": before / 4}, memory={"before": before})
+
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Put it back."""
+        assert plant.damper is not None
+        plant.damper.factors[layer] = float(memory["before"])
+        if plant.damper.factors[layer] == 1:
+            del plant.damper.factors[layer]
+
+
+def _frozen(plant: Plant, layer: str) -> str | None:
+    return None if plant.sites[layer].weight.requires_grad else "the router is frozen"
+
+
+def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
+    """Return the prior of a layer: the router's own, or that of its block."""
+    name = layer.rpartition(".")[0]
+    for module in (plant.sites[layer].module, plant.model.get_submodule(name) if name else None):
+        prior = None if module is None else module._modules.get("prior")
+        if isinstance(prior, ExpertPrior) and prior.rule == "balance":
+            return prior
+    return None
+
+
+def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | GeometricRouter | None:
+    """Return what carries a router's temperature: its own, or the weight and the bias; None if nothing does."""
+    from ..geometry.rows import OrthonormalRows, UnitRows
+
+    site = plant.sites[layer]
+    if isinstance(site.module, GeometricRouter) and site.module.manifold == "sphere":
+        return site.module
+    if isinstance(manifold_of(site.weight), UnitRows | OrthonormalRows):
+        return None
+    bias = bias_of(site)
+    return [site.weight] if bias is None else [site.weight, bias]
+
+
+@torch.no_grad()
+def _soften(plant: Plant, layer: str, factor: float) -> None:
+    scaled = _scaled(plant, layer)
+    if isinstance(scaled, GeometricRouter):
+        scaled.set_temperature(scaled.temperature * factor)
+    else:
+        for parameter in scaled or ():
+            parameter.div_(factor)

@@ -1,0 +1,270 @@
+"""The loop itself: readings to the controller, its orders to the interventions, all of it to the log."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..observe.forward import LayerForward
+from ..observe.statistics import RoutingStatistics, world_size
+from .config import ControlConfig
+from .controller import Controller, Event, Mode
+from .plant import Intervention, Order, Plant
+from .policy import Decision
+from .reading import LayerReading, Reading
+
+if TYPE_CHECKING:
+    from ..loggers import Logger
+
+#: Readings and events that nobody asks for are kept up to this many.
+KEEP = 1000
+
+_LOG = logging.getLogger("moegeo_router")
+
+
+@dataclass
+class Standing:
+    """An intervention in force, and what undoing it needs."""
+
+    layer: str
+    failure: str
+    name: str
+    memory: Mapping[str, Any]
+
+
+class ControlLoop:
+    """Runs a ``Controller`` beside a training.
+
+    Args:
+        config: of the control.
+        mode: see ``Controller``.
+        plant: what it can move.
+        interventions: that it knows.
+    """
+
+    def __init__(self, config: ControlConfig, mode: Mode, plant: Plant, interventions: Sequence[Intervention]) -> None:
+        self._plant = plant
+        self._known = {intervention.name: intervention for intervention in interventions}
+        self.available, self.reasons = _availability(plant, interventions)
+        self.controller = Controller(config, mode, self.available)
+        self.step, self.weights = 0, dict[str, dict[str, float]]()
+        self._standing: list[Standing] = []
+        self._events: deque[Event] = deque(maxlen=KEEP)
+        self._readings: deque[Reading] = deque(maxlen=KEEP)
+        self._said = self._heard = False
+        self._losses: list[Tensor] = []
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything but watch."""
+        return self.controller.mode == "act"
+
+    def record_loss(self, loss: Tensor) -> None:
+        """Take in the loss of a micro-batch."""
+        self._losses.append(loss.detach())
+
+    def loss_sums(self, device: torch.device) -> Tensor:
+        """Return sum and number of the losses since the last call, over all ranks, (2,) on ``device``."""
+        losses, self._losses = self._losses, []
+        total = torch.stack([loss.double().to(device) for loss in losses]).sum() if losses else 0.0
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        sums[0], sums[1] = total, len(losses)
+        if world_size(self._plant.group) > 1:
+            dist.all_reduce(sums, group=self._plant.group)
+        return sums
+
+    def begin_turn(self) -> None:
+        """Go on with what stands, after every step."""
+        if self._plant.damper is not None:
+            self._plant.damper.finish()
+        for standing in self._standing:
+            standing.memory = self._known[standing.name].advance(self._plant, standing.layer, standing.memory)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for probe in self._plant.probes.values():
+            probe.off()
+        if self._plant.damper is not None:
+            self._plant.damper.remove()
+
+    def turn(
+        self, reduced: RoutingStatistics, scalars: Mapping[str, Mapping[str, float]], numbers: Mapping[str, Tensor]
+    ) -> None:
+        """Take in what the next step came to, and do what the controller says.
+
+        Args:
+            reduced: its sums, on the host.
+            scalars: its scalars by layer.
+            numbers: ``loss``, sum and number of its losses, and ``skipped``, whether it was not taken; on the host.
+        """
+        self.step += 1
+        if self.step % self.controller.config.every:
+            return
+        total, count = numbers["loss"].tolist()
+        reading = Reading(
+            step=self.step,
+            loss=total / count if count else math.nan,
+            skipped=bool(numbers["skipped"]),
+            layers={name: _reading(scalars[name], reduced, name) for name in scalars},
+        )
+        self._readings.append(reading)
+        turn = self.controller.update(reading)
+        details: dict[tuple[str, str], dict[str, Any]] = {}
+        refusals: list[Event] = []
+        for decision, order in turn.orders:
+            if decision.kind == "apply":
+                details[decision.layer, decision.name], refused = self._apply(decision, order)
+                refusals += refused
+            else:
+                self._undo(decision)
+        for event in turn.events:
+            applied = event.detail.get("kind") == "apply"
+            done = details.get((event.layer, str(event.detail.get("name")))) if applied else None
+            self._tell(event if done is None else replace(event, detail={**event.detail, "done": done}))
+        for event in refusals:
+            self._tell(event)
+        if turn.weights:
+            self._move(turn.weights)
+        self._look()
+
+    def observe(self, seen: LayerForward) -> None:
+        """Show a training forward of a layer to those who look."""
+        if (probe := self._plant.probes.get(seen.layer)) is not None:
+            probe.see(seen)
+
+    def events(self) -> list[Event]:
+        """Return the events since the last call."""
+        self._heard = True
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def log(self, logger: Logger, step: int) -> list[Event]:
+        """Write readings and events since the last call; return the events."""
+        if not self._said:
+            self._said = True
+            controller = self.controller
+            fields = {
+                "mode": controller.mode,
+                "config": controller.config.to_fields(),
+                "available": {layer: list(names) for layer, names in self.available.items()},
+                "reasons": {layer: dict(reasons) for layer, reasons in self.reasons.items()},
+            }
+            logger.record("controller", fields, step)
+        while self._readings:
+            logger.record("reading", self._readings.popleft().to_fields(), step)
+        events = self.events()
+        for event in events:
+            detail = {("severity" if key == "level" else key): value for key, value in event.detail.items()}
+            step_of = detail.pop("step", event.step)
+            detail.pop("line", None)
+            fields = detail | {"optimizer_step": step_of, "layer": event.layer}
+            logger.alert(event.kind, event.title, event.line, event.level, fields, step)
+        return events
+
+    def state(self) -> dict[str, Any]:
+        """Return plain tensors, numbers and words."""
+        return {
+            "step": self.step,
+            "said": self._said,
+            "controller": self.controller.state(),
+            "weights": {layer: dict(weights) for layer, weights in self.weights.items()},
+            "added": self._plant.regularization.added(),
+            "brakes": self._plant.brakes(),
+            "standing": [asdict(standing) for standing in self._standing],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state()``: with the decisions of the unbroken run."""
+        self._said = state["said"]
+        self.step, self.weights = state["step"], {layer: dict(w) for layer, w in state["weights"].items()}
+        self.controller.load(state["controller"])
+        self._plant.set_brakes(state["brakes"])
+        for layer, owners in state["added"].items():
+            for owner, weights in owners.items():
+                self._plant.regularization.add_weights(layer, owner, weights)
+        self._standing = [Standing(**standing) for standing in state["standing"]]
+        self._look()
+
+    def _undo(self, decision: Decision) -> None:
+        if decision.kind in ("undo", "release"):
+            # The newest first: each goes back to what it found.
+            for standing in [s for s in reversed(self._standing) if self._is_of(s, decision)]:
+                self._known[standing.name].undo(self._plant, standing.layer, standing.memory)
+                self._standing.remove(standing)
+
+    def _apply(self, decision: Decision, order: Order) -> tuple[dict[str, Any], list[Event]]:
+        """Carry out an order; return what was done, by layer, and an event where it could not be."""
+        intervention, done = self._known[decision.name], dict[str, Any]()
+        for layer in self._layers(order.layer, decision.name):
+            applied = intervention.apply(self._plant, replace(order, layer=layer))
+            if not applied.done:
+                return done, [self.controller.refuse(decision, str(applied.detail.get("reason", "nothing to do")))]
+            done[layer] = dict(applied.detail)
+            self._standing.append(Standing(layer, decision.failure, decision.name, applied.memory))
+        return done, []
+
+    def _look(self) -> None:
+        """Look at the tokens of layers in which an intervention may soon want to see them."""
+        looking = {name for name, one in self._known.items() if one.looks}
+        for layer, probe in self._plant.probes.items():
+            signals = self.controller.signals.layers.get(layer)
+            wanted = signals is not None and signals.dead and looking.intersection(self.available[layer])
+            (probe.on if wanted else probe.off)()
+
+    def _layers(self, layer: str, name: str) -> list[str]:
+        """Return the layers an order is for: of the run, all that can be."""
+        return [layer] if layer in self.available else [n for n, names in self.available.items() if name in names]
+
+    def _is_of(self, standing: Standing, decision: Decision) -> bool:
+        same = standing.name == decision.name and standing.failure == decision.failure
+        return same and standing.layer in self._layers(decision.layer, decision.name)
+
+    def _move(self, weights: Mapping[str, Mapping[str, float]]) -> None:
+        for layer, moved in weights.items():
+            self.weights[layer] = dict(moved)
+            speed = moved.get("speed", 0.0)
+            if speed or "set-point" in self._plant.speed_factors.get(layer, {}):
+                self._plant.set_speed(layer, "set-point", math.exp(-speed))
+            regularizers = {name: weight for name, weight in moved.items() if name != "speed" and weight}
+            self._plant.regularization.add_weights(layer, "set-point", regularizers)
+
+    def _tell(self, event: Event) -> None:
+        self._events.append(event)
+        # Who takes the events shows them; to others they are told.
+        alone = not dist.is_initialized() or dist.get_rank() == 0
+        if alone and not self._heard and event.level != "info":
+            _LOG.log(
+                logging.WARNING if event.level == "warning" else logging.ERROR, "step %d: %s", event.step, event.line
+            )
+
+
+def _availability(
+    plant: Plant, interventions: Sequence[Intervention]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
+    """Return by layer which interventions can be applied, and why the others cannot."""
+    available, reasons = {}, {}
+    for layer in plant.sites:
+        found = {one.name: one.unavailable(plant, layer) for one in interventions}
+        available[layer] = tuple(name for name, reason in found.items() if reason is None)
+        reasons[layer] = {name: reason for name, reason in found.items() if reason is not None}
+    return available, reasons
+
+
+def _reading(scalars: Mapping[str, float], reduced: RoutingStatistics, name: str) -> LayerReading:
+    sums, found = reduced.layers[name], dict(scalars)
+    experts, choices = sums.num_experts, float(sums.choices)
+    k = round(choices / float(sums.k_tokens)) if choices else 0
+    if "token_entropy" in found and experts > 1:
+        found["entropy_share"] = found["token_entropy"] / math.log(experts)
+    if "max_violation" in found and 0 < k < experts:
+        found["max_violation_share"] = found["max_violation"] / (experts / k - 1)
+    return LayerReading(scalars=found, counts=tuple(sums.counts.tolist()) if choices else (), k=k)

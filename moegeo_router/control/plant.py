@@ -1,0 +1,144 @@
+"""What the controller can move, and what an intervention is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..optim import RouterSteps
+from ..regularization import Regularization
+from ..routers.experts import Experts
+from ..routers.find import RouterSite
+from ..routers.gating import ScoreFunction
+from .damper import Damper
+
+if TYPE_CHECKING:
+    from .probe import LayerProbe
+
+
+@dataclass(kw_only=True)
+class Plant:
+    """The parts of a training run that interventions act on.
+
+    Attributes:
+        model: the model itself, out of its wrappers.
+        sites: the routers by name.
+        experts: the experts beside each router; None where none are found.
+        optimizers: the user's.
+        steps: the routers' steps, where they were taken over.
+        regularization: the regularizers.
+        probes: what was last seen of each layer, for those that an intervention asked to look at.
+        damper: brakes routers that are not stepped naturally; None without an optimizer.
+        speed_factors: factors on the speed limits by layer, and by who set them.
+        scores: the routers' score function.
+        group: the data-parallel process group.
+    """
+
+    model: nn.Module
+    sites: Mapping[str, RouterSite]
+    experts: Mapping[str, Experts | None]
+    optimizers: Sequence[Optimizer]
+    steps: RouterSteps | None
+    regularization: Regularization
+    probes: Mapping[str, LayerProbe]
+    damper: Damper | None = None
+    speed_factors: dict[str, dict[str, float]] = field(default_factory=dict)
+    scores: ScoreFunction = "softmax"
+    group: Any = None
+    _limits: dict[str, float] = field(default_factory=dict)
+
+    def set_speed(self, layer: str, owner: str, factor: float) -> None:
+        """Multiply the speed limit of a router's natural steps; where there is none, nothing is done."""
+        if self.steps is None or not self.steps.is_natural(layer):
+            return
+        limit = self._limits.get(layer, self.steps.speed_limits[layer])
+        if limit is None:
+            return
+        self._limits[layer] = limit
+        self.speed_factors.setdefault(layer, {})[owner] = factor
+        self.steps.limit_speed({layer: limit * math.prod(self.speed_factors[layer].values())})
+
+    def brakes(self) -> dict[str, Any]:
+        """Return factors and limits as they were found, plain numbers, for ``state_dict``."""
+        factors = {layer: dict(owners) for layer, owners in self.speed_factors.items()}
+        damped = {} if self.damper is None else dict(self.damper.factors)
+        return {"limits": dict(self._limits), "factors": factors, "damped": damped}
+
+    def set_brakes(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``brakes()``; the limits themselves are in the state of the steps."""
+        self._limits = dict(state["limits"])
+        self.speed_factors = {layer: dict(owners) for layer, owners in state["factors"].items()}
+        if self.damper is not None:
+            self.damper.factors = dict(state["damped"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the policy wants done: a function of the reduced statistics alone, the same on every rank.
+
+    Attributes:
+        step: the optimizer step.
+        layer: whose.
+        failure: the failure mode it is against.
+        strength: 1, or more if it was ordered before and did not suffice.
+        load: (E,) the experts' smoothed load shares.
+        dead: the experts that are dead, by number.
+        k: experts chosen per token.
+    """
+
+    step: int
+    layer: str
+    failure: str
+    strength: int = 1
+    load: tuple[float, ...] = ()
+    dead: tuple[int, ...] = ()
+    k: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What an intervention did.
+
+    Attributes:
+        done: whether anything was changed.
+        detail: what, in numbers and words that JSON can hold; with ``reason`` where nothing was.
+        memory: what ``undo`` needs: plain tensors, numbers, texts, and lists and dicts of them.
+    """
+
+    done: bool
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Intervention:
+    """Something that is done to a layer, and can be undone. Subclass it for one of your own.
+
+    Attributes:
+        name: what ladders and logs call it.
+        cost: what it costs, in one line.
+        looks: whether it wants to see tokens of the layer (``Plant.probes``) before it is applied.
+    """
+
+    name: str
+    cost: str
+    looks: bool = False
+
+    def unavailable(self, plant: Plant, layer: str) -> str | None:
+        """Return why it cannot be applied to a layer of this run, ever; None if it can."""
+        return None
+
+    def apply(self, plant: Plant, order: Order) -> Applied:
+        """Do it. All ranks call it together, with the same order."""
+        raise NotImplementedError
+
+    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Go on with it, after every step while it stands; return what ``undo`` needs from now on."""
+        return memory
+
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Take it back, as far as what happened since allows."""

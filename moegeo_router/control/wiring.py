@@ -1,0 +1,106 @@
+"""Putting the loop on a training run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..optim import RouterSteps
+from ..regularization import Regularization
+from ..routers.experts import block_of, find_experts
+from ..routers.find import RouterSite
+from ..routers.gating import ScoreFunction
+from .config import ControlConfig
+from .controller import Mode
+from .damper import Damper
+from .guard import Guard
+from .interventions import CutRate, MoreRegularization, PriorStep, SlowDown, Temperature
+from .loop import ControlLoop
+from .plant import Intervention, Plant
+from .probe import LayerProbe, Paused
+from .revive import Revive
+
+
+def control_loop(
+    model: nn.Module,
+    sites: Sequence[RouterSite],
+    optimizers: Sequence[Optimizer],
+    *,
+    config: ControlConfig,
+    mode: Mode,
+    interventions: Sequence[Intervention],
+    steps: RouterSteps | None,
+    regularization: Regularization,
+    paused: Paused,
+    scores: ScoreFunction,
+    group: Any,
+) -> ControlLoop:
+    """Return the loop of a run.
+
+    Args:
+        model: the model itself, out of its wrappers.
+        sites: its routers.
+        optimizers: the user's.
+        config: of the control.
+        mode: see ``Controller``.
+        interventions: of one's own, beside the built-in ones.
+        steps: the routers' steps, where they were taken over.
+        regularization: the regularizers.
+        paused: makes a context in which nothing is counted.
+        scores: the routers' score function.
+        group: the data-parallel process group.
+
+    Raises:
+        ValueError: an intervention in a ladder that nobody knows, or two of one name.
+    """
+    by_name = {site.name: site for site in sites}
+    plant = Plant(
+        model=model,
+        sites=by_name,
+        experts={site.name: find_experts(model, site) for site in sites},
+        optimizers=list(optimizers),
+        steps=steps,
+        regularization=regularization,
+        probes={site.name: _probe(model, site) for site in sites} if mode == "act" else {},
+        damper=Damper(by_name, optimizers) if optimizers and mode == "act" else None,
+        scores=scores,
+        group=group,
+    )
+    gentle = [MoreRegularization(), PriorStep(), Temperature(), SlowDown(), CutRate()]
+    known = [*gentle, Revive(paused=paused), *interventions]
+    _check_names(config, known)
+    frozen = [site.name for site in sites if not site.weight.requires_grad]
+    if mode == "act" and len(frozen) == len(sites):
+        warnings.warn("every router is frozen: the controller can only observe", stacklevel=4)
+    return ControlLoop(config, mode, plant, known)
+
+
+def _probe(model: nn.Module, site: RouterSite) -> LayerProbe:
+    block = block_of(model, site)
+
+    def failed(error: Exception) -> None:
+        warnings.warn(f"looking at the tokens of {site.name} failed: {error}", stacklevel=2)
+
+    return LayerProbe(site, None if block is None else block[1], failed)
+
+
+def guard_of(
+    optimizers: Sequence[Optimizer], config: ControlConfig, mode: Mode | None, scaler: Any, group: Any
+) -> Guard | None:
+    """Return what keeps broken gradients from being stepped; None where nobody asked for it, or a scaler does it."""
+    if mode != "act" or not config.guard or scaler is not None or not optimizers:
+        return None
+    return Guard(optimizers, lambda: True, group)
+
+
+def _check_names(config: ControlConfig, known: Sequence[Intervention]) -> None:
+    names = [intervention.name for intervention in known]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"interventions: there are two called {sorted(twice)[0]!r}")
+    for failure, ladder in config.ladders.items():
+        if unknown := [name for name in ladder if name not in names]:
+            raise ValueError(f"control.ladders[{failure!r}]: no intervention {unknown[0]!r}; there are {names}")

@@ -1,0 +1,146 @@
+"""Signals and policy on readings that are made up: what is seen, what is done, and that it ends."""
+
+import json
+import random
+
+import pytest
+
+from moegeo_router.control.config import ControlConfig
+from moegeo_router.control.controller import Controller
+from moegeo_router.control.reading import LayerReading, Reading
+
+ALL = ("regularizers", "prior", "speed", "router_lr", "temperature", "revive", "rollback")
+
+
+def reading(step, fsi=0.1, counts=(100.0,) * 8, loss=2.0, **more):
+    scalars = {"fsi": fsi, **more.pop("scalars", {})}
+    return Reading(step=step, loss=loss, layers={"gate": LayerReading(scalars=scalars, counts=counts, k=2)}, **more)
+
+
+def controller(mode="act", available=ALL, **changes):
+    return Controller(ControlConfig(**{"patience": 10, "settle": 10, **changes}), mode, {"gate": available})
+
+
+def run(made, readings):
+    events = []
+    for one in readings:
+        events += made.update(one).events
+    return events
+
+
+def lines(events, kind):
+    return [event.detail["name"] or event.detail["kind"] for event in events if event.kind == kind]
+
+
+def test_a_collapse_climbs_the_ladder_undoing_what_does_not_help_and_gives_up_with_a_report():
+    events = run(controller(), [reading(step, fsi=0.9, loss=2 - step / 1000) for step in range(1, 400)])
+    applied = [e.detail["name"] for e in events if e.detail.get("kind") == "apply"]
+    undone = [e.detail["name"] for e in events if e.detail.get("kind") == "undo"]
+    assert applied == ["regularizers", "prior", "speed", "router_lr", "rollback"], "no dead experts: nothing to revive"
+    assert undone == applied
+    (last,) = [event for event in events if event.detail.get("kind") == "give up"]
+    assert "regularizers: did not help" in last.line
+    assert "fsi 0.9" in last.line
+    assert last.level == "error"
+
+
+def test_what_helped_is_kept_and_taken_back_when_all_is_well_for_long():
+    made = controller(release_after=50)
+    readings = [reading(step, fsi=0.9) for step in range(1, 55)]
+    readings += [reading(step, fsi=0.05) for step in range(55, 300)]
+    events = run(made, readings)
+    kinds = [e.detail["kind"] for e in events if e.kind != "alert"]
+    assert kinds == ["apply", "keep", "release"]
+    assert {e.detail["name"] for e in events if e.kind != "alert"} == {"regularizers"}
+
+
+def test_an_intervention_that_costs_loss_is_undone_although_the_signal_is_better():
+    readings = [reading(step, fsi=0.9, loss=2 + 0.01 * (step % 2)) for step in range(1, 55)]
+    readings += [reading(step, fsi=0.05, loss=3 + 0.01 * (step % 2)) for step in range(55, 120)]
+    events = run(controller(), readings)
+    undo = next(e for e in events if e.detail.get("kind") == "undo")
+    assert "loss above its forecast" in undo.line
+
+
+def test_dead_experts_are_revived_after_the_gentler_ways():
+    counts = (800.0, *(0.0,) * 2, *(100.0,) * 5)
+    made = controller()
+    orders = [
+        order
+        for step in range(1, 200)
+        for decision, order in made.update(reading(step, counts=counts)).orders
+        if decision.kind == "apply"
+    ]
+    assert [order.dead for order in orders] == [(1, 2)] * 3
+    assert orders[0].load[0] == pytest.approx(800 / 1300)
+    assert orders[0].k == 2
+
+
+def test_budgets_hold():
+    made = controller(layer_budget=2)
+    events = run(made, [reading(step, fsi=0.9) for step in range(1, 500)])
+    assert len([e for e in events if e.detail.get("kind") == "apply"]) == 2
+    assert any("budget is spent" in event.line for event in events)
+
+
+def test_observe_only_alerts_and_advise_says_what_it_would_do():
+    readings = [reading(step, fsi=0.9) for step in range(1, 200)]
+    assert {event.kind for event in run(controller("observe"), readings)} == {"alert"}
+    made = controller("advise")
+    turns = [made.update(one) for one in readings]
+    assert all(not turn.orders and not turn.weights for turn in turns)
+    advice = [e for turn in turns for e in turn.events if e.kind == "action"]
+    assert advice
+    assert all(e.line.startswith("advice: ") and not e.detail["taken"] for e in advice)
+
+
+def test_a_refused_order_is_followed_by_the_next_rung():
+    made, applied = controller(), []
+    for step in range(1, 120):
+        for decision, _ in made.update(reading(step, fsi=0.9)).orders:
+            if decision.kind == "apply":
+                applied.append((decision.step, decision.name))
+                made.refuse(decision, "cannot")
+    assert [name for _, name in applied] == ["regularizers", "prior", "speed", "router_lr", "rollback"]
+    assert applied[-1][0] - applied[0][0] == 4, "nothing to wait for"
+
+
+def test_decisions_are_the_same_after_any_interruption_and_from_the_log():
+    noise = random.Random(0)
+    readings = [
+        reading(
+            step,
+            fsi=min(1, max(0, noise.gauss(0.002 * step, 0.1))),
+            counts=tuple(float(noise.randrange(0, 200)) for _ in range(8)),
+            loss=noise.gauss(3 - step / 200, 0.1),
+            scalars={"fhs": abs(noise.gauss(1.2, 0.5)), "dispersion_1": noise.random(), "z_loss": 4.0},
+        )
+        for step in range(1, 400)
+    ]
+    whole = run(controller(), readings)
+    assert len([event for event in whole if event.kind == "action"]) > 3
+    made, events = controller(), []
+    for one in readings:
+        events += made.update(Reading.of_fields(json.loads(json.dumps(one.to_fields())))).events
+        if noise.random() < 0.3:
+            state = json.loads(json.dumps(made.state()))
+            made = controller()
+            made.load(state)
+    assert events == whole
+
+
+def test_a_step_that_was_not_taken_is_an_alert_at_once():
+    events = run(controller(), [reading(1), reading(2, skipped=True), reading(3)])
+    assert [(e.step, e.detail["metric"], e.detail["level"]) for e in events] == [
+        (2, "non_finite", "critical"),
+        (3, "non_finite", "calm"),
+    ]
+
+
+def test_a_loss_that_gives_its_progress_back_is_divergence_whatever_its_scale():
+    for scale, shift in ((1.0, 0.0), (1e-3, 0.0), (1.0, -10.0)):
+        losses = [5 - 3 * min(1, step / 100) + 0.05 * (-1) ** step for step in range(1, 200)] + [4.0] * 60
+        events = run(controller("observe"), [reading(i + 1, loss=scale * x + shift) for i, x in enumerate(losses)])
+        found = {(e.detail["metric"], e.detail["level"]) for e in events if e.step > 199}
+        assert ("progress_lost", "critical") in found
+        assert not [e for e in events if e.step <= 199]
