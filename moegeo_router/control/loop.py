@@ -20,6 +20,7 @@ from .controller import Controller, Event, Mode
 from .plant import Intervention, Order, Plant
 from .policy import Decision
 from .reading import LayerReading, Reading
+from .rollback import Snapshots
 
 if TYPE_CHECKING:
     from ..loggers import Logger
@@ -48,10 +49,19 @@ class ControlLoop:
         mode: see ``Controller``.
         plant: what it can move.
         interventions: that it knows.
+        snapshots: are taken of healthy states, while it acts.
     """
 
-    def __init__(self, config: ControlConfig, mode: Mode, plant: Plant, interventions: Sequence[Intervention]) -> None:
-        self._plant = plant
+    def __init__(
+        self,
+        config: ControlConfig,
+        mode: Mode,
+        plant: Plant,
+        interventions: Sequence[Intervention],
+        snapshots: Snapshots,
+    ) -> None:
+        self._plant, self._snapshots = plant, snapshots
+        self._warm = max(row.warmup for row in config.table())
         self._known = {intervention.name: intervention for intervention in interventions}
         self.available, self.reasons = _availability(plant, interventions)
         self.controller = Controller(config, mode, self.available)
@@ -134,6 +144,7 @@ class ControlLoop:
         if turn.weights:
             self._move(turn.weights)
         self._look()
+        self._keep(reading)
 
     def observe(self, seen: LayerForward) -> None:
         """Show a training forward of a layer to those who look."""
@@ -179,6 +190,7 @@ class ControlLoop:
             "weights": {layer: dict(weights) for layer, weights in self.weights.items()},
             "added": self._plant.regularization.added(),
             "brakes": self._plant.brakes(),
+            "snapshots": self._snapshots.state(),
             "standing": [asdict(standing) for standing in self._standing],
         }
 
@@ -191,6 +203,7 @@ class ControlLoop:
         for layer, owners in state["added"].items():
             for owner, weights in owners.items():
                 self._plant.regularization.add_weights(layer, owner, weights)
+        self._snapshots.load(state["snapshots"])
         self._standing = [Standing(**standing) for standing in state["standing"]]
         self._look()
 
@@ -211,6 +224,13 @@ class ControlLoop:
             done[layer] = dict(applied.detail)
             self._standing.append(Standing(layer, decision.failure, decision.name, applied.memory))
         return done, []
+
+    def _keep(self, reading: Reading) -> None:
+        """Take a snapshot of a healthy state, now and then."""
+        every = self.controller.config.snapshot_every
+        due = self.acts and every and self.step % every == 0 and self.step > self._warm
+        if due and self.controller.signals.calm and not reading.skipped:
+            self._snapshots.take(self.step)
 
     def _look(self) -> None:
         """Look at the tokens of layers in which an intervention may soon want to see them."""

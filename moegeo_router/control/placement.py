@@ -6,7 +6,7 @@ Shape legend: n rows (tokens), E experts, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from ..routers.gating import ScoreFunction, routing_probabilities, top_choices
 
 #: Share of a donor's tokens that count as served worst, and the most that a newcomer takes over.
 WORST = 0.25
+
+#: Standard deviations of the difference between newcomer and donor that are tried, the steepest first.
+STEEPNESS = (1.0, 0.5, 0.25, 0.125)
 
 #: Rounds of bisection: the offset is known to a millionth of its range.
 ROUNDS = 20
@@ -87,7 +90,10 @@ def place_row(
     With μ the mean x over the donor's tokens (those that choose it among their k) and ν that over the quarter of them
     that it serves worst, the newcomer's logit is the donor's plus ``α (ν - μ)·x + c``. α makes the standard deviation
     of the difference over the donor's tokens 1. c is a bias, or ``c μ·x / ‖μ‖²`` where there is none, as large as
-    leaves the donor three quarters of its tokens and ``moved`` within ``most``.
+    leaves the donor three quarters of its tokens, reaches no more than the newcomer's fair share ``k/E`` of all tokens
+    (or a quarter of the donor's), and keeps ``moved`` within ``most``. Where half of the standard deviation (or a
+    quarter, or an eighth) gives the newcomer more than twice the gates, it is that: a flatter difference is felt less
+    by other tokens.
 
     Served worst are the tokens whose loss falls most if the donor's logit falls; where no gradient shows that, those
     with the lowest probability of the donor.
@@ -125,11 +131,16 @@ def place_row(
     slope_D = _slope(x_ND, _worst(z_NE, hurt_NE, own_N, donor, scores), own_N)
     if slope_D is None:
         return None
-    newcomer = _Newcomer(weight_ED, bias_E, constants_E, donor, dead, unit, slope_D, x_ND[own_N].mean(dim=0))
     trials = _Trials(x_ND, z_NE, own_N, donor, dead, k, scores, merged)
-    found = _largest(lambda offset: trials.of(newcomer.at(offset)), trials.reach(newcomer.at(0.0)), most)
-    own_bias = 0.0 if bias_E is None else float(bias_E[dead])
-    return found or Placement(weight_ED[dead].clone(), own_bias, 0.0, 0.0)
+    mu_D = x_ND[own_N].mean(dim=0)
+    found: list[_Trial] = []
+    for alpha in STEEPNESS:
+        newcomer = _Newcomer(weight_ED, bias_E, constants_E, donor, dead, unit, alpha * slope_D, mu_D)
+        found += _largest(trials, newcomer, most)
+    if not found:
+        return Placement(weight_ED[dead].clone(), 0.0 if bias_E is None else float(bias_E[dead]), 0.0, 0.0)
+    enough = max(trial.mass for trial in found) / 2
+    return next(trial.placement for trial in found if trial.mass >= enough)
 
 
 def turned_row(
@@ -229,6 +240,19 @@ class _Newcomer:
         return _Line(row_D, bias, bias + self._fixed)
 
 
+class _Trial(NamedTuple):
+    """A placement, the mean gate it gives the newcomer, and whether it leaves others their tokens."""
+
+    placement: Placement
+    mass: float
+    fair: bool
+
+    def within(self, most: float) -> bool:
+        """Whether it also moves the gates by no more than that."""
+        moved = self.placement.moved
+        return self.fair and moved is not None and moved <= most
+
+
 class _Trials:
     """What a newcomer would do to the gates of the rows."""
 
@@ -246,19 +270,22 @@ class _Trials:
         self._x_ND, self._z_NE, self._own_N, self._donor, self._dead = x_ND, z_NE, own_N, donor, dead
         self._k, self._scores, self._merged = k, scores, merged
         self._before_NE = dense_gates(z_NE, k, scores)
+        self._fair = max(k / z_NE.shape[-1], WORST * float(own_N.double().mean()))
 
-    def of(self, line: _Line) -> tuple[Placement, float]:
-        """Return the placement, and the share of the donor's tokens that prefer the newcomer."""
+    def of(self, line: _Line) -> _Trial:
+        """Try a line."""
         z_NE = self._z_NE.clone()
         z_NE[:, self._dead] = self._logit(line)
         after_NE = dense_gates(z_NE, self._k, self._scores)
         share = float((after_NE[:, self._dead] > 0).double().mean())
+        mass = float(after_NE[:, self._dead].mean())
         if self._merged:
             after_NE[:, self._donor] += after_NE[:, self._dead]
             after_NE[:, self._dead] = 0
         moved = float((after_NE - self._before_NE).abs().sum(dim=-1).mean()) / 2
         taken = float((z_NE[:, self._dead] > z_NE[:, self._donor])[self._own_N].double().mean())
-        return Placement(line.row_D, line.bias, share, moved), taken
+        fair = taken <= WORST and share <= self._fair
+        return _Trial(Placement(line.row_D, line.bias, share, moved), mass, fair)
 
     def reach(self, line: _Line) -> float:
         """Return by how much the logit of a newcomer must fall for no row to choose it, and a little more."""
@@ -303,17 +330,14 @@ def _slope(x_ND: Tensor, worst: Tensor, own_N: Tensor) -> Tensor | None:
     return away_D / spread if float(spread) > 1e-6 * float(size) else None
 
 
-def _largest(at: Callable[[float], tuple[Placement, float]], reach: float, most: float) -> Placement | None:
-    """Return the placement with most tokens within the bounds that a bisection over the offset meets; None for none."""
+def _largest(trials: _Trials, newcomer: _Newcomer, most: float) -> list[_Trial]:
+    """Return the trial with the largest gates within the bounds that a bisection over the offset meets, if any."""
+    reach = trials.reach(newcomer.at(0.0))
     low, high = -reach, reach
-    tried = [at(high), at(low)]
+    tried = [trials.of(newcomer.at(high)), trials.of(newcomer.at(low))]
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        tried.append(at(middle))
-        low, high = (middle, high) if _fits(*tried[-1], most) else (low, middle)
-    reached = [placement for placement, taken in tried if _fits(placement, taken, most) and placement.share]
-    return max(reached, key=lambda placement: placement.share or 0.0, default=None)
-
-
-def _fits(placement: Placement, taken: float, most: float) -> bool:
-    return placement.moved is not None and placement.moved <= most and taken <= WORST
+        tried.append(trials.of(newcomer.at(middle)))
+        low, high = (middle, high) if tried[-1].within(most) else (low, middle)
+    reached = [trial for trial in tried if trial.within(most) and trial.mass > 0]
+    return sorted(reached, key=lambda trial: trial.mass, reverse=True)[:1]

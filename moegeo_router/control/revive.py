@@ -5,6 +5,7 @@ Shape legend: n rows (tokens), E experts, D width.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -44,8 +45,9 @@ class Revive(Intervention):
     A dead expert gets the weights of the most loaded live one with a little noise (``"copy"``), or weights drawn as
     large as those of the live ones (``"fresh"``); no momentum, and second moments of the same origin; and a router row
     beside its donor's, towards the tokens that the donor serves worst (``place_row``). At most a quarter of the experts
-    are revived at once, the deadest first. What no placement within the bound would bring tokens stays dead, and all
-    is taken back where the layer's output changes by more than ``change_limit``.
+    are revived at once, the deadest first. What no placement within the bound would bring tokens stays dead. Where the
+    layer's output changes by more than ``change_limit`` all is taken back and tried once more with a quarter of
+    ``most``, then given up.
 
     All ranks end with the same weights. A prior over the experts is left alone.
 
@@ -108,13 +110,31 @@ class Revive(Intervention):
         live = [e for e in range(len(order.load)) if e not in order.dead and order.load[e] > 0]
         if not live:
             return _refused("no live expert has a load")
-        donors = donors_for([*chosen, *(e for e in order.dead if e not in chosen)], order.load)
+        # The other dead ones are named too, so that none of them is anybody's donor.
+        found = donors_for([*chosen, *(expert for expert in order.dead if expert not in chosen)], order.load)
+        donors = {expert: found[expert] for expert in chosen}
+        applied = self._attempt(plant, order, live, donors, self.most)
+        if "output_change" in applied.detail and not applied.done:
+            # The output changes with the root of what moves: once more, by half.
+            again = self._attempt(plant, order, live, donors, self.most / 4)
+            applied = again if again.done or "output_change" in again.detail else applied
+        return applied
+
+    @torch.no_grad()
+    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Put weights, moments and rows back as they were before; what other experts learnt since then stays."""
+        _Work(plant, plant.sites[layer]).load(memory)
+        _forget(plant, layer, memory["experts"])
+
+    def _attempt(
+        self, plant: Plant, order: Order, live: Sequence[int], donors: Mapping[int, int], most: float
+    ) -> Applied:
+        """Revive experts and look what it did; take it back if that is too much."""
         site, probe = plant.sites[order.layer], plant.probes.get(order.layer)
-        look = None if probe is None else probe.look
-        newcomers = self._places(plant, order, look, {expert: donors[expert] for expert in chosen})
+        newcomers = self._places(plant, order, None if probe is None else probe.look, donors, most)
         placed = [newcomer for newcomer in newcomers if newcomer.placement.share != 0]
         if not placed:
-            return _refused(f"no place within most={self.most} reaches a token", experts=chosen)
+            return _refused(f"no place within most={most} reaches a token", experts=list(donors))
         work = _Work(plant, site)
         memory = work.save([newcomer.expert for newcomer in placed])
         before = _rerun(probe, self._paused)
@@ -125,24 +145,21 @@ class Revive(Intervention):
         if change is not None and not change <= self.change_limit:
             work.load(memory)
             reason = f"the layer's output changed by {change:.3g}, more than change_limit={self.change_limit}"
-            return _refused(reason, experts=chosen, output_change=change if change < float("inf") else None)
+            number = change if math.isfinite(change) else None
+            return _refused(reason, experts=list(donors), output_change=number)
         _forget(plant, order.layer, memory["experts"])
         return Applied(done=True, detail=self._detail(newcomers, placed, change), memory=memory)
 
-    @torch.no_grad()
-    def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Put weights, moments and rows back as they were before; what other experts learnt since then stays."""
-        _Work(plant, plant.sites[layer]).load(memory)
-        _forget(plant, layer, memory["experts"])
-
-    def _places(self, plant: Plant, order: Order, look: Look | None, donors: Mapping[int, int]) -> list[_Newcomer]:
+    def _places(
+        self, plant: Plant, order: Order, look: Look | None, donors: Mapping[int, int], most: float
+    ) -> list[_Newcomer]:
         """Place all newcomers one after the other, as rank 0 sees its tokens."""
         site = plant.sites[order.layer]
         bias = bias_of(site)
         weight_ED = widen(site.weight.detach()).clone()
         bias_E = None if bias is None else widen(bias.detach()).clone()
         x_ND, z_NE, hurt_NE = (None, None, None) if look is None else (look.x, look.logits, look.hurt)
-        placements, left = [], self.most
+        placements, left = [], most
         for number, (expert, donor) in enumerate(donors.items()):
             placement = None
             if x_ND is not None and z_NE is not None and x_ND.shape[-1] == site.in_features:

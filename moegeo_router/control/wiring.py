@@ -23,6 +23,7 @@ from .loop import ControlLoop
 from .plant import Intervention, Plant
 from .probe import LayerProbe, Paused
 from .revive import Revive
+from .rollback import Rollback, Snapshots
 
 
 def control_loop(
@@ -70,13 +71,14 @@ def control_loop(
         scores=scores,
         group=group,
     )
+    snapshots = Snapshots(plant, config.snapshot_scope, config.snapshots)
     gentle = [MoreRegularization(), PriorStep(), Temperature(), SlowDown(), CutRate()]
-    known = [*gentle, Revive(paused=paused), *interventions]
+    known = [*gentle, Revive(paused=paused), Rollback(snapshots), *interventions]
     _check_names(config, known)
     frozen = [site.name for site in sites if not site.weight.requires_grad]
     if mode == "act" and len(frozen) == len(sites):
         warnings.warn("every router is frozen: the controller can only observe", stacklevel=4)
-    return ControlLoop(config, mode, plant, known)
+    return ControlLoop(config, mode, plant, known, snapshots)
 
 
 def _probe(model: nn.Module, site: RouterSite) -> LayerProbe:

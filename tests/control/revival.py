@@ -125,10 +125,10 @@ def raising(error: Exception) -> None:
     raise error
 
 
-def tokens(number: int = 240, seed: int = 0, centre: float = 1.5) -> tuple[Tensor, Tensor]:
+def tokens(number: int = 240, seed: int = 0, centre: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return tokens in clusters around a common point, and targets: another linear map for each cluster."""
     law = torch.Generator().manual_seed(7)
-    centres = centre * torch.randn(CLUSTERS, D, generator=law) + 1
+    centres = centre * torch.randn(CLUSTERS, D, generator=law) + 1.5
     maps = torch.randn(CLUSTERS, D, D, generator=law) / D**0.5
     g = torch.Generator().manual_seed(seed)
     cluster = torch.randint(CLUSTERS, (number,), generator=g)

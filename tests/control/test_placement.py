@@ -106,6 +106,7 @@ def test_the_gates_move_within_the_bound(seed, k, bias, scores, most, merged, sh
     assert torch.allclose(with_newcomer(x, z, weight, b, DEAD, found), after)
     own = (z.topk(k).indices == donor).any(-1)
     assert float((after[own, DEAD] > after[own, donor]).double().mean()) <= 0.25
+    assert share <= max(k / E, float(own.double().mean()) / 4)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
