@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,7 @@ def place_row(
     k: int,
     scores: ScoreFunction = "softmax",
     most: float,
+    renormalize: bool = True,
     merged: bool = True,
     unit: bool = False,
 ) -> Placement | None:
@@ -106,9 +108,11 @@ def place_row(
         bias_E: its bias, if it is to be placed too.
         donor: expert the newcomer stands beside.
         dead: expert whose row it is.
-        k: experts chosen per token, with gates that sum to 1.
+        k: experts chosen per token.
         scores: the router's score function.
         most: bound of ``moved``.
+        renormalize: whether a token's gates are divided by their sum. Where they are not, a newcomer beside its donor
+            takes probability from it, and ``moved`` counts that.
         merged: the newcomer is a copy of the donor, so gates that move between the two change nothing.
         unit: rows have norm 1.
 
@@ -131,7 +135,7 @@ def place_row(
     slope_D = _slope(x_ND, _worst(z_NE, hurt_NE, own_N, donor, scores), own_N)
     if slope_D is None:
         return None
-    trials = _Trials(x_ND, z_NE, own_N, donor, dead, k, scores, merged)
+    trials = _Trials(x_ND, z_NE, own_N, donor, dead, k, scores, renormalize, merged)
     mu_D = x_ND[own_N].mean(dim=0)
     found: list[_Trial] = []
     for alpha in STEEPNESS:
@@ -185,9 +189,9 @@ def with_newcomer(
     return z_NE
 
 
-def dense_gates(logits_NE: Tensor, k: int, scores: ScoreFunction) -> Tensor:
-    """Return the gates (n, E): the k best scores over their sum, 0 elsewhere."""
-    ids_NK, weights_NK = top_choices(logits_NE, k, scores)
+def dense_gates(logits_NE: Tensor, k: int, scores: ScoreFunction, renormalize: bool = True) -> Tensor:
+    """Return the gates (n, E): the k best scores, over their sum if ``renormalize``; 0 elsewhere."""
+    ids_NK, weights_NK = top_choices(logits_NE, k, scores, renormalize)
     return torch.zeros_like(widen(logits_NE)).scatter(-1, ids_NK, weights_NK)
 
 
@@ -265,18 +269,20 @@ class _Trials:
         dead: int,
         k: int,
         scores: ScoreFunction,
+        renormalize: bool,
         merged: bool,
     ) -> None:
         self._x_ND, self._z_NE, self._own_N, self._donor, self._dead = x_ND, z_NE, own_N, donor, dead
-        self._k, self._scores, self._merged = k, scores, merged
-        self._before_NE = dense_gates(z_NE, k, scores)
+        self._k, self._merged = k, merged
+        self._gates = partial(dense_gates, k=k, scores=scores, renormalize=renormalize)
+        self._before_NE = self._gates(z_NE)
         self._fair = max(k / z_NE.shape[-1], WORST * float(own_N.double().mean()))
 
     def of(self, line: _Line) -> _Trial:
         """Try a line."""
         z_NE = self._z_NE.clone()
         z_NE[:, self._dead] = self._logit(line)
-        after_NE = dense_gates(z_NE, self._k, self._scores)
+        after_NE = self._gates(z_NE)
         share = float((after_NE[:, self._dead] > 0).double().mean())
         mass = float(after_NE[:, self._dead].mean())
         if self._merged:

@@ -31,6 +31,7 @@ class Look:
     Attributes:
         logits: (n, E).
         x: (n, D) what the logits are linear in, None where not known.
+        renormalized: whether all tokens' gates have the same sum; None where they are not seen.
         hurt: (n, E) the gradient of the loss in the logits; None before the backward pass, or where there is none.
         tokens: T, all tokens of that forward.
         mask: (T,) bool, which of them count; None: all.
@@ -40,6 +41,7 @@ class Look:
     x: Tensor | None
     tokens: int
     mask: Tensor | None
+    renormalized: bool | None = None
     hurt: Tensor | None = None
 
 
@@ -110,6 +112,7 @@ class LayerProbe:
                 x=None if x is None else widen(x),
                 tokens=seen.size,
                 mask=None if seen.mask is None else seen.mask.clone(),
+                renormalized=None if seen.gates is None else _constant_sum(_picked(seen.gates, positions)),
             )
         self._newest, self._call = look, self._begun
         if seen.logits.requires_grad:
@@ -179,6 +182,12 @@ class LayerProbe:
 def _picked(values: Tensor, positions: Tensor) -> Tensor:
     # index_select copies: the model may change its tensors in place.
     return rows(values.detach()).index_select(0, positions)
+
+
+def _constant_sum(gates_NK: Tensor) -> bool:
+    sums_N = widen(gates_NK).sum(dim=-1)
+    # Gates in half precision add up to 1 within some thousandths.
+    return bool(((sums_N - sums_N.mean()).abs() <= 0.02 * sums_N.mean().abs()).all())
 
 
 def _detached(value: Any) -> Any:

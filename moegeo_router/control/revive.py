@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -57,6 +58,7 @@ class Revive(Intervention):
         most: bound on the change of the gates, the mean total variation over tokens; all newcomers together. Copies
             and donors count as one.
         change_limit: bound on the change of the layer's output, ``‖Δy‖ / ‖y‖`` over the tokens last seen.
+        renormalize: whether a token's gates are divided by their sum, for layers that do not show their gates.
         paused: makes a context in which the watch counts nothing (``Geometry.pause``), for running the layer again.
 
     Raises:
@@ -64,7 +66,7 @@ class Revive(Intervention):
     """
 
     name = "revive"
-    cost = "two forward passes of the layer, and the writes to the experts revived"
+    cost = "two to four forward passes of the layer, and the writes to the experts revived"
     looks = True
 
     def __init__(
@@ -73,6 +75,7 @@ class Revive(Intervention):
         noise: float = 0.02,
         most: float = 0.05,
         change_limit: float = 0.25,
+        renormalize: bool = True,
         paused: Paused = nullcontext,
     ) -> None:
         if mode not in get_args(Mode):
@@ -83,7 +86,7 @@ class Revive(Intervention):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         self.mode, self.noise, self.most, self.change_limit = mode, noise, most, change_limit
-        self._paused = paused
+        self.renormalize, self._paused = renormalize, paused
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why no expert of this layer can be revived; None if they can."""
@@ -154,36 +157,10 @@ class Revive(Intervention):
         self, plant: Plant, order: Order, look: Look | None, donors: Mapping[int, int], most: float
     ) -> list[_Newcomer]:
         """Place all newcomers one after the other, as rank 0 sees its tokens."""
-        site = plant.sites[order.layer]
-        bias = bias_of(site)
-        weight_ED = widen(site.weight.detach()).clone()
-        bias_E = None if bias is None else widen(bias.detach()).clone()
-        x_ND, z_NE, hurt_NE = (None, None, None) if look is None else (look.x, look.logits, look.hurt)
-        placements, left = [], most
+        table, placements, left = _Table(plant, order, look, self.renormalize), [], most
         for number, (expert, donor) in enumerate(donors.items()):
-            placement = None
-            if x_ND is not None and z_NE is not None and x_ND.shape[-1] == site.in_features:
-                placement = place_row(
-                    x_ND,
-                    z_NE,
-                    hurt_NE,
-                    weight_ED,
-                    bias_E,
-                    donor=donor,
-                    dead=expert,
-                    k=order.k,
-                    scores=plant.scores,
-                    most=left / (len(donors) - number),
-                    merged=self.mode == "copy",
-                    unit=_unit_rows(site),
-                )
-            if placement is None:
-                placement = turned_row(weight_ED, bias_E, donor, _generator(order, expert, "row"))
-            if x_ND is not None and z_NE is not None and placement.share is not None:
-                z_NE = with_newcomer(x_ND, z_NE, weight_ED, bias_E, expert, placement)
-            weight_ED[expert] = placement.row
-            if bias_E is not None:
-                bias_E[expert] = placement.bias
+            placement = table.place(expert, donor, left / (len(donors) - number), merged=self.mode == "copy")
+            table.seat(expert, placement)
             left -= placement.moved or 0.0
             placements.append(placement)
         placements = _of_rank_0(placements, plant.group)
@@ -216,6 +193,59 @@ class Revive(Intervention):
             "moved": None if None in moved else sum(m for m in moved if m is not None),
             "output_change": change,
         }
+
+
+class _Table:
+    """A router and the rows last seen of it, as newcomers take their places one after the other.
+
+    Args:
+        plant: the run.
+        order: of this intervention.
+        look: the rows; None where there are none.
+        renormalize: whether gates are divided by their sum, where the rows do not show it.
+    """
+
+    def __init__(self, plant: Plant, order: Order, look: Look | None, renormalize: bool) -> None:
+        self._order, self._scores, self._site = order, plant.scores, plant.sites[order.layer]
+        self._renormalize = renormalize
+        bias = bias_of(self._site)
+        self._weight_ED = widen(self._site.weight.detach()).clone()
+        self._bias_E = None if bias is None else widen(bias.detach()).clone()
+        fits = look is not None and look.x is not None and look.x.shape[-1] == self._site.in_features
+        self._look = look if fits else None
+
+    def place(self, expert: int, donor: int, most: float, merged: bool) -> Placement:
+        """Return where a newcomer goes."""
+        look, found = self._look, None
+        if look is not None and look.x is not None:
+            found = place_row(
+                look.x,
+                look.logits,
+                look.hurt,
+                self._weight_ED,
+                self._bias_E,
+                donor=donor,
+                dead=expert,
+                k=self._order.k,
+                scores=self._scores,
+                most=most,
+                renormalize=self._renormalize if look.renormalized is None else look.renormalized,
+                merged=merged,
+                unit=isinstance(manifold_of(self._site.weight), _unit_rows()),
+            )
+        if found is None:
+            found = turned_row(self._weight_ED, self._bias_E, donor, _generator(self._order, expert, "row"))
+        return found
+
+    def seat(self, expert: int, placement: Placement) -> None:
+        """Put a newcomer there."""
+        look = self._look
+        if look is not None and look.x is not None:
+            logits = with_newcomer(look.x, look.logits, self._weight_ED, self._bias_E, expert, placement)
+            self._look = replace(look, logits=logits)
+        self._weight_ED[expert] = placement.row
+        if self._bias_E is not None:
+            self._bias_E[expert] = placement.bias
 
 
 class _Work:
@@ -303,10 +333,10 @@ def _refused(reason: str, **detail: Any) -> Applied:
     return Applied(done=False, detail={"reason": reason, **detail})
 
 
-def _unit_rows(site: RouterSite) -> bool:
+def _unit_rows() -> type:
     from ..geometry.rows import UnitRows
 
-    return isinstance(manifold_of(site.weight), UnitRows)
+    return UnitRows
 
 
 def _generator(order: Order, expert: int, what: str) -> torch.Generator:
@@ -315,7 +345,7 @@ def _generator(order: Order, expert: int, what: str) -> torch.Generator:
 
 
 def _forget(plant: Plant, layer: str, experts: Sequence[int]) -> None:
-    if plant.steps is not None:
+    if plant.steps is not None and layer in plant.steps.names:
         plant.steps.forget(layer, experts)
 
 

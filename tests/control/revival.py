@@ -53,7 +53,14 @@ class ListBlock(nn.Module):
 class StackBlock(nn.Module):
     """The trainers' layer, its stacked experts among them."""
 
-    def __init__(self, k: int = 2, bias: bool = False, renormalize: bool = True, manifold: str | None = None) -> None:
+    def __init__(
+        self,
+        k: int = 2,
+        bias: bool = False,
+        renormalize: bool = True,
+        manifold: str | None = None,
+        hidden: int = 16,
+    ) -> None:
         super().__init__()
 
         def router(width: int, experts: int) -> nn.Module:
@@ -61,7 +68,7 @@ class StackBlock(nn.Module):
                 return nn.Linear(width, experts, bias=bias)
             return mg.GeometricRouter(width, experts, manifold=manifold, bias=bias)
 
-        self.layer = MoELayer(D, 16, E, k, router, renormalize=renormalize)
+        self.layer = MoELayer(D, hidden, E, k, router, renormalize=renormalize)
         self.layer.experts.reset_parameters(0.3, 0.3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,20 +33,22 @@ def donor_of(z: Tensor, k: int) -> int:
     return int(torch.bincount(z.topk(k).indices.flatten(), minlength=E)[:DEAD].argmax())
 
 
-def gates_by_hand(z: Tensor, k: int, scores: str) -> Tensor:
+def gates_by_hand(z: Tensor, k: int, scores: str, renormalize: bool = True) -> Tensor:
     gates = torch.zeros_like(z)
     for n, row in enumerate(z):
         chosen = sorted(range(len(row)), key=lambda e: -float(row[e]))[:k]
-        s = row[chosen].exp() if scores == "softmax" else row[chosen].sigmoid()
-        gates[n, chosen] = s / s.sum()
+        s = row.exp() / row.exp().sum() if scores == "softmax" else row.sigmoid()
+        gates[n, chosen] = s[chosen] / (s[chosen].sum() if renormalize else 1)
     return gates
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_dense_gates(scores):
+def test_dense_gates(scores, renormalize):
     z = layer()[3]
-    assert torch.allclose(dense_gates(z, 2, scores), gates_by_hand(z, 2, scores))
-    assert torch.allclose(dense_gates(z, 2, scores).sum(-1), torch.ones(N, dtype=z.dtype))
+    gates = dense_gates(z, 2, scores, renormalize)
+    assert torch.allclose(gates, gates_by_hand(z, 2, scores, renormalize))
+    assert torch.allclose(gates.sum(-1), torch.ones(N, dtype=z.dtype)) == renormalize
 
 
 def test_donors_share_the_work():
@@ -77,13 +79,15 @@ def test_donors_are_the_greedy_best(load, dead):
     scores=st.sampled_from(["softmax", "sigmoid"]),
     most=st.sampled_from([0.01, 0.05, 0.2]),
     merged=st.booleans(),
+    renormalize=st.booleans(),
     shift=st.sampled_from([0.0, 1.0, 4.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_gates_move_within_the_bound(seed, k, bias, scores, most, merged, shift):
+def test_the_gates_move_within_the_bound(seed, k, bias, scores, most, merged, renormalize, shift):
     x, weight, b, z = layer(seed, shift, bias)
     donor = donor_of(z, k)
-    found = place_row(x, z, None, weight, b, donor=donor, dead=DEAD, k=k, scores=scores, most=most, merged=merged)
+    options = {"k": k, "scores": scores, "most": most, "merged": merged, "renormalize": renormalize}
+    found = place_row(x, z, None, weight, b, donor=donor, dead=DEAD, **options)
     assert found is not None
     if not found.share:  # none was found: all stays as it is
         assert torch.equal(found.row, weight[DEAD])
@@ -95,7 +99,7 @@ def test_the_gates_move_within_the_bound(seed, k, bias, scores, most, merged, sh
     if b is not None:
         new_bias[DEAD] = found.bias
     after = x @ new.T + new_bias
-    before_gates, gates = gates_by_hand(z, k, scores), gates_by_hand(after, k, scores)
+    before_gates, gates = (gates_by_hand(logits, k, scores, renormalize) for logits in (z, after))
     share = float((gates[:, DEAD] > 0).double().mean())
     if merged:
         gates[:, donor] += gates[:, DEAD]
@@ -239,3 +243,13 @@ def test_mostly_there_is_a_place(k, bias):
         x, weight, b, z = layer(seed, 1.0, bias)
         found.append(place_row(x, z, None, weight, b, donor=donor_of(z, k), dead=DEAD, k=k, most=0.05).share)
     assert sum(share > 0.01 for share in found) >= 18
+
+
+def test_probability_that_a_newcomer_takes_from_its_donor_counts_where_gates_are_not_renormalised():
+    x, weight, z, cluster = two_clusters()
+    hurt = torch.zeros_like(z)
+    hurt[cluster == 1, 0] = 1.0
+    place = {"donor": 0, "dead": DEAD, "k": 1, "most": 0.2}
+    shared, split = (place_row(x, z, hurt, weight, None, renormalize=r, **place) for r in (True, False))
+    assert shared.moved == 0
+    assert 0.02 < split.moved <= 0.2

@@ -247,3 +247,15 @@ def test_a_forward_with_named_arguments():
 def test_the_limit_is_checked():
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         LayerProbe(mg.find_routers(Model(ListBlock()))[0], None, print, limit=0)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_whether_gates_are_renormalised_is_seen(renormalize):
+    watched = Watched(Model(StackBlock(renormalize=renormalize)).train(), [])
+    watched.probe.on()
+    watched.model(tokens()[0])
+    assert watched.probe.look.renormalized is renormalize
+    unseen = Watched(Model(ListBlock(renormalize=renormalize)).train(), [])
+    unseen.probe.on()
+    unseen.model(tokens()[0])
+    assert unseen.probe.look.renormalized is None
