@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import moegeo_router as mg
 from moegeo_router.config import GeometryConfig
-from moegeo_router.control.plant import Order, Plant
+from moegeo_router.control.plant import Applied, Order, Plant
 from moegeo_router.control.probe import LayerProbe
+from moegeo_router.control.revive import Revive
 from moegeo_router.losses import Regularizers
 from moegeo_router.observe.forward import LayerForward
 from moegeo_router.observe.hooks import Pausable
@@ -189,3 +192,45 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """What is not the same, bit for bit."""
     assert before.keys() == after.keys()
     return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+BLOCKS = {"list": ListBlock, "stack": StackBlock}
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.001, momentum=0.9),
+}
+
+
+class Forgetting(SimpleNamespace):
+    """Stands for steps that were taken over."""
+
+    def __init__(self) -> None:
+        super().__init__(calls=[], names=["block.gate", "block.layer.router"])
+
+    def forget(self, name: str, experts: list[int]) -> None:
+        self.calls.append((name, list(experts)))
+
+
+def collapsed(
+    block: type[nn.Module] = StackBlock, optimizer: str = "AdamW", steps: int = 5, **options: object
+) -> Watched:
+    """A model of which two experts are alive, after a few steps of training, with its probe on."""
+    torch.manual_seed(0)
+    model = Model(block(**options)).train()
+    watched = Watched(model, [], Forgetting())
+    collapse(watched)
+    watched.optimizers.append(OPTIMIZERS[optimizer](model.parameters()))
+    watched.plant.optimizers = watched.optimizers
+    if steps:
+        train(watched, steps)
+    watched.probe.on()
+    train(watched)
+    return watched
+
+
+def revived(watched: Watched, revive: Revive, k: int = 2) -> Applied:
+    load = load_of(watched, k)
+    return revive.apply(watched.plant, watched.order(dead_of(load), load, k))

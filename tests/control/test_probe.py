@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -153,7 +155,16 @@ def test_the_block_runs_again_and_nobody_notices(watched):
     out = watched.model(x)
     out.sum().backward()
     look, seen, state = watched.probe.look, watched.seen, torch.get_rng_state()
-    again = watched.probe.rerun(watched.pause)
+    pauses = []
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        with watched.pause():
+            pauses.append(watched._is_active())
+            yield
+
+    again = watched.probe.rerun(paused)
+    assert pauses == [False]
     assert torch.equal(again, out.detach())
     assert not again.requires_grad
     assert watched.probe.look is look
