@@ -12,12 +12,22 @@ from torch import Tensor, nn
 from .config import Scope
 from .plant import Applied, Intervention, Order, Plant
 
+#: What a router's step has in common with those of the routers it is stepped with: it cannot go back alone.
+SHARED = ("step", "window", "peak")
+
+#: What others set in it.
+SETTINGS = ("limit",)
+
+#: Averages of Riemannian Adam, and where their decay is among ``betas``.
+MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1}
+
 
 class Snapshots:
     """The last healthy states: routers and what their steps depend on, or the whole model and its optimizers.
 
-    Learning rates are no part of it: schedules go on. A snapshot of the routers is as large as they and their moments
-    are, one of everything as large as the model and its optimizers' state.
+    Settings are no part of it, neither learning rates nor speed limits: schedules and other interventions go on. A
+    snapshot of the routers is as large as they and their moments are, one of everything as large as the model and its
+    optimizers' state.
 
     Args:
         plant: what is kept.
@@ -32,16 +42,18 @@ class Snapshots:
 
     def take(self, step: int) -> None:
         """Keep the state of now."""
-        self._taken = [*self._taken, self.now(step)][-self._keep :]
+        self._taken = self._taken[max(0, len(self._taken) + 1 - self._keep) :]  # before there is one more
+        self._taken.append(self.now(step))
 
-    def now(self, step: int) -> dict[str, Any]:
-        """Return the state of now: plain tensors, numbers, words."""
-        steps = self._plant.steps
+    def now(self, step: int, layers: Iterable[str] | None = None) -> dict[str, Any]:
+        """Return the state of now, of some routers or of all that snapshots are of: plain tensors, numbers, words."""
+        modules, steps = self._modules(layers), self._plant.steps
+        state = {} if steps is None else steps.state_dict()
         return {
             "step": step,
-            "modules": {name: _cloned(module.state_dict()) for name, module in self._modules().items()},
-            "moments": {name: self._moments(module) for name, module in self._modules().items()},
-            "steps": {} if steps is None else copy.deepcopy(steps.state_dict()),
+            "modules": {name: _tensors(module) for name, module in modules.items()},
+            "moments": {name: self._moments(module) for name, module in modules.items()},
+            "steps": {name: state[name] for name in self._stepped(state, layers)},
         }
 
     def newest(self, step: int) -> dict[str, Any] | None:
@@ -54,22 +66,21 @@ class Snapshots:
         self._used = (step, state)
         return state
 
+    def is_back(self, step: int) -> bool:
+        """Whether everything went back in this step already, for another layer."""
+        return self._scope == "everything" and self._used is not None and self._used[0] == step
+
     @torch.no_grad()
     def put_back(self, state: Mapping[str, Any], layers: Iterable[str]) -> None:
         """Put a state back in place: of the whole model, or of some routers."""
-        wanted = set(layers) if self._scope == "routers" else {""}
-        for name, module in self._modules().items():
-            if name not in wanted:
-                continue
+        steps, layers = self._plant.steps, list(layers)
+        for name, module in self._modules(layers).items():
             own = module.state_dict()
             for key, values in state["modules"][name].items():
                 own[key].copy_(values)
             self._load_moments(module, state["moments"][name])
-        steps = self._plant.steps
         if steps is not None:
-            now, saved = steps.state_dict(), copy.deepcopy(state["steps"])
-            chosen = {key for key in now if self._scope == "everything" or key in wanted}
-            steps.load_state_dict({key: saved[key] if key in chosen else value for key, value in now.items()})
+            steps.load_state_dict(self._with_saved(state["steps"], steps.state_dict(), layers))
 
     def state(self) -> list[dict[str, Any]]:
         """Return the snapshots, for ``state_dict``."""
@@ -79,17 +90,17 @@ class Snapshots:
         """Continue from ``state()``."""
         self._taken = list(state)
 
-    def _modules(self) -> dict[str, nn.Module]:
+    def _modules(self, layers: Iterable[str] | None) -> dict[str, nn.Module]:
         if self._scope == "everything":
             return {"": self._plant.model}
-        return {name: site.module for name, site in self._plant.sites.items()}
+        return {name: self._plant.sites[name].module for name in (self._plant.sites if layers is None else layers)}
 
     def _moments(self, module: nn.Module) -> dict[str, dict[str, Any]]:
         found = {}
         for name, parameter in module.named_parameters():
             for number, optimizer in enumerate(self._plant.optimizers):
                 if parameter in optimizer.state:
-                    found[f"{number}/{name}"] = _cloned(optimizer.state[parameter])
+                    found[f"{number}/{name}"] = {key: _copied(v) for key, v in optimizer.state[parameter].items()}
         return found
 
     def _load_moments(self, module: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -97,13 +108,38 @@ class Snapshots:
             for number, optimizer in enumerate(self._plant.optimizers):
                 known = saved.get(f"{number}/{name}")
                 if known is not None:
-                    optimizer.state[parameter] = _cloned(known)
+                    _fill(optimizer.state[parameter], known, parameter.device)
                 elif parameter in optimizer.state:
                     del optimizer.state[parameter]  # it had not been stepped yet
 
+    def _stepped(self, names: Iterable[str], layers: Iterable[str] | None) -> list[str]:
+        """Return those of ``RouterSteps.names`` that are of some layers; of a shared weight it has the first alone."""
+        if self._scope == "everything" or layers is None:
+            return list(names)
+        sites = self._plant.sites
+        weights = {id(sites[layer].weight) for layer in layers}
+        return [name for name in names if id(sites[name].weight) in weights]
+
+    def _with_saved(
+        self, saved: Mapping[str, Any], state: dict[str, dict[str, Any]], layers: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the state of all steps with that of some routers as it was."""
+        for name in self._stepped(state, layers):
+            now = state[name]
+            if saved[name]["fell_back"] != now["fell_back"]:
+                continue  # Riemannian Adam cannot go on from the state of a natural step
+            state[name] = _placed(saved[name], now) | {key: now[key] for key in SETTINGS if key in now}
+            if self._scope != "everything":
+                state[name] |= _among_others(state[name], now, self._betas(self._plant.sites[name].weight))
+        return state
+
+    def _betas(self, weight: Tensor) -> Sequence[float]:
+        groups = [group for optimizer in self._plant.optimizers for group in optimizer.param_groups]
+        return next(g.get("betas", (0.9, 0.999)) for g in groups if any(p is weight for p in g["params"]))
+
 
 class Rollback(Intervention):
-    """Goes back to the last healthy snapshot, with half the speed or learning rate, so that not the same follows."""
+    """Goes back to the last healthy snapshot, at half the speed or learning rate, so that not the same follows."""
 
     name, cost = "rollback", "what was learnt since the snapshot; memory for the snapshots"
 
@@ -117,32 +153,89 @@ class Rollback(Intervention):
         return None if plant.sites[layer].weight.requires_grad else "the router is frozen"
 
     def apply(self, plant: Plant, order: Order) -> Applied:
-        """Go back."""
-        before = self._snapshots.now(order.step)
+        """Go back, and be slower, the more the more often it was ordered."""
+        is_back = self._snapshots.is_back(order.step)
         state = self._snapshots.newest(order.step)
         if state is None:
             return Applied(done=False, detail={"reason": "there is no healthy snapshot yet"})
-        self._snapshots.put_back(state, [order.layer])
-        slowed = self._slow(plant, order.layer, 0.5)
-        detail = {"snapshot_of": state["step"], "slowed": slowed}
-        return Applied(done=True, detail=detail, memory={"before": before, "slowed": slowed})
+        memory: dict[str, Any] = {}
+        if not is_back:
+            memory["before"] = self._snapshots.now(order.step, [order.layer])
+            self._snapshots.put_back(state, [order.layer])
+        what, memory["factor"] = self._speed(plant, order.layer)
+        self._set_speed(plant, order.layer, memory["factor"] / 2)
+        return Applied(done=True, detail={"snapshot_of": state["step"], "slowed": what}, memory=memory)
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Bring back what was there before."""
-        self._snapshots.put_back(memory["before"], [layer])
-        self._slow(plant, layer, 1.0)
+        if "before" in memory:
+            self._snapshots.put_back(memory["before"], [layer])
+        self._set_speed(plant, layer, memory["factor"])
 
-    def _slow(self, plant: Plant, layer: str, factor: float) -> str:
+    def _speed(self, plant: Plant, layer: str) -> tuple[str, float]:
+        """Return what slows a router down, and its factor now."""
+        if plant.steps is not None and plant.steps.is_natural(layer):
+            return "speed limit", plant.speed_factors.get(layer, {}).get(self.name, 1.0)
+        if plant.damper is None:
+            return "nothing", 1.0
+        return "learning rate", plant.damper.factors.get(layer, 1.0)
+
+    def _set_speed(self, plant: Plant, layer: str, factor: float) -> None:
         if plant.steps is not None and plant.steps.is_natural(layer):
             plant.set_speed(layer, self.name, factor)
-            return "speed limit"
-        if plant.damper is None:
-            return "nothing"
-        plant.damper.factors.pop(layer, None)
-        if factor < 1:
-            plant.damper.factors[layer] = factor
-        return "learning rate"
+        elif plant.damper is not None:
+            plant.damper.factors.pop(layer, None)
+            if factor < 1:
+                plant.damper.factors[layer] = factor
 
 
-def _cloned(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a module's parameters and buffers; extra state, which may be anything, is left out."""
+    return {name: _copied(value) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _fill(own: dict[str, Any], saved: Mapping[str, Any], device: torch.device) -> None:
+    """Make an optimizer's state of a parameter the saved one, in place where there are tensors to hold it."""
+    for name in own.keys() - saved.keys():
+        del own[name]
+    for name, value in saved.items():
+        present = own.get(name)
+        if isinstance(value, Tensor) and isinstance(present, Tensor) and value.shape == present.shape:
+            present.copy_(value)
+        else:
+            # A snapshot from a checkpoint may be elsewhere. Counts of steps are where their optimizer put them.
+            own[name] = value.to(device, copy=True) if isinstance(value, Tensor) and value.dim() else _copied(value)
+
+
+def _placed(saved: Any, like: Any) -> Any:
+    """Return a saved state with its tensors where those of the present one are."""
+    if isinstance(saved, Tensor):
+        return saved.to(like.device) if isinstance(like, Tensor) else saved
+    if isinstance(saved, dict):
+        return {key: _placed(value, like.get(key) if isinstance(like, dict) else None) for key, value in saved.items()}
+    return saved
+
+
+def _among_others(was: Mapping[str, Any], now: Mapping[str, Any], betas: Sequence[float]) -> dict[str, Any]:
+    """Return what must be another in a router's state if those that it is stepped with do not go back, too.
+
+    Their number of steps is that of all. Averages of Adam, which began at 0, are divided by ``1 - βˢᵗᵉᵖˢ``: they are
+    scaled such that the quotient is as it was.
+    """
+    changed = {name: now[name] for name in SHARED if name in now}
+    if "moments" in now:
+        changed["moments"] = {
+            name: _recounted(was["moments"].get(name), values, float(betas[MOMENTS[name]]), was["step"], now["step"])
+            for name, values in now["moments"].items()
+        }
+    return changed
+
+
+def _recounted(was: Tensor | None, now: Tensor, beta: float, steps_was: int, steps_now: int) -> Tensor:
+    if was is None or not steps_was:
+        return torch.zeros_like(now)
+    return was * ((1 - beta**steps_now) / (1 - beta**steps_was))

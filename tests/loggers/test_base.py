@@ -23,6 +23,12 @@ class Recorder:
     def event(self, kind, fields, step):
         self.rows.append((step, kind, dict(fields)))
 
+    def record(self, kind, fields, step):
+        self.rows.append((step, "record", kind, dict(fields)))
+
+    def alert(self, kind, title, text, level, fields, step):
+        self.rows.append((step, kind, title, text, level, dict(fields)))
+
     def histogram(self, key, values, step):
         self.rows.append((step, key, list(values)))
 
@@ -44,6 +50,12 @@ class Failing(Recorder):
     def event(self, kind, fields, step):
         raise RuntimeError("first line\nsecond line")
 
+    def record(self, kind, fields, step):
+        self.event(kind, fields, step)
+
+    def alert(self, kind, title, text, level, fields, step):
+        self.event(kind, fields, step)
+
     def histogram(self, key, values, step):
         self.event(key, {}, step)
 
@@ -63,12 +75,16 @@ def test_every_logger_gets_every_row_in_order():
     logger.event("checkpoint", {"path": "a"}, step=1)
     logger.histogram("load", [0.5, 0.5], step=2)
     logger.heatmap("loads", [[0.5, 0.5], [1.0]], ["layer0", "layer1"], step=3)
+    logger.record("reading", {"layer": "0"}, step=4)
+    logger.alert("rollback", "Went back", "To step 3.", "error", {"layer": "0"}, step=5)
     logger.close(exit_code=3)
     expected = [
         (0, {"train/loss": 1.5, "train/tokens": 7}),
         (1, "checkpoint", {"path": "a"}),
         (2, "load", [0.5, 0.5]),
         (3, "loads", [[0.5, 0.5], [1.0]], ["layer0", "layer1"]),
+        (4, "record", "reading", {"layer": "0"}),
+        (5, "rollback", "Went back", "To step 3.", "error", {"layer": "0"}),
     ]
     assert first.rows == second.rows == expected
     assert first.exit_codes == second.exit_codes == [3]
@@ -90,7 +106,12 @@ def test_a_failing_logger_is_dropped_with_one_warning_and_the_others_go_on():
 
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [("event", ("checkpoint", {})), ("histogram", ("load", [0.5])), ("heatmap", ("loads", [[0.5]], ["layer0"]))],
+    [
+        ("event", ("checkpoint", {})),
+        ("histogram", ("load", [0.5])),
+        ("heatmap", ("loads", [[0.5]], ["layer0"])),
+        ("alert", ("rollback", "Went back", "", "info", {})),
+    ],
 )
 def test_a_failing_row_of_any_kind_drops_its_logger_with_a_one_line_reason(method, arguments):
     failing, sound = Failing(), Recorder()
@@ -146,6 +167,48 @@ def test_a_callers_mistake_is_an_error_and_drops_nobody(metrics, step, message):
 def test_a_mistaken_event_is_an_error(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         MultiLogger([Recorder()]).event(kind, fields, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "step", "message"),
+    [
+        ("", {}, 0, "kind: .*got ''"),
+        ("reading", {"time": 1}, 0, "fields: .*got 'time'"),
+        ("reading", {"where": object()}, 0, r"fields\['where'\].*JSON"),
+        ("reading", {}, -1, r"step: .*got -1"),
+    ],
+)
+def test_a_mistaken_record_is_an_error_and_drops_nobody(kind, fields, step, message):
+    recorder = Recorder()
+    logger = MultiLogger([recorder])
+    with pytest.raises(ValueError, match=message):
+        logger.record(kind, fields, step)
+    assert (logger.loggers, recorder.rows) == ([recorder], [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kind": None}, "kind: .*got None"),
+        ({"title": ""}, "title: expected one line, got ''"),
+        ({"title": "a\nb"}, "title: expected one line"),
+        ({"title": 3}, "title: expected one line, got 3"),
+        ({"text": None}, "text: expected a string, got NoneType"),
+        ({"level": "warn"}, "level: expected one of info, warning, error, got 'warn'"),
+        ({"fields": {"text": 1}}, "fields: expected keys other than .*got 'text'"),
+        ({"fields": {"event": 1}}, "fields: expected string keys other than .*got 'event'"),
+        ({"fields": {"where": np.zeros(2)}}, r"fields\['where'\].*JSON"),
+        ({"step": 1.5}, r"step: .*got 1.5"),
+    ],
+)
+def test_a_mistaken_alert_is_an_error_and_drops_nobody(changed, message):
+    alert = {"kind": "stop", "title": "a", "text": "", "level": "error", "fields": {}, "step": 0}
+    recorder = Recorder()
+    logger = MultiLogger([recorder])
+    logger.alert(**alert)
+    with pytest.raises(ValueError, match=message):
+        logger.alert(**alert | changed)
+    assert (logger.loggers, len(recorder.rows)) == ([recorder], 1)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,21 @@ def test_a_row_is_one_line_of_plain_json(tmp_path):
     assert event == {"step": 4, "event": "checkpoint", "path": "a/ü\nb", "sizes": [1, 2]}
 
 
+def test_a_record_and_an_alert_are_the_rows_of_events(tmp_path):
+    fields = {"layer": "0", "loss": math.nan, "shares": [0.5, math.inf]}
+    logger = JSONLLogger(tmp_path / "log.jsonl")
+    logger.event("rollback", fields | {"title": "Went back", "text": "To\n3.", "level": "error"}, 4)
+    logger.alert("rollback", "Went back", "To\n3.", "error", fields, 4)
+    logger.event("reading", fields, 5)
+    logger.record("reading", fields, 5)
+    logger.close()
+    event, alert, other_event, record = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    for row in (event, alert, other_event, record):
+        row.pop("time")
+    assert (alert, record) == (event, other_event)
+    assert list(fields) == ["layer", "loss", "shares"]  # the caller's is left alone
+
+
 def test_non_finite_numbers_are_null_named_and_come_back(tmp_path):
     path = tmp_path / "log.jsonl"
     logger = JSONLLogger(path)
@@ -193,6 +208,10 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path):
         logger.log({"a": [1.0]}, 0)
     with pytest.raises(ValueError, match="fields"):
         logger.event("stop", {"path": tmp_path}, 0)
+    with pytest.raises(ValueError, match="fields"):
+        logger.record("stop", {"path": tmp_path}, 0)
+    with pytest.raises(ValueError, match="level"):
+        logger.alert("stop", "a", "", "warn", {}, 0)
     with pytest.raises(ValueError, match="values"):
         logger.histogram("a", [], 0)
     with pytest.raises(ValueError, match="rows"):

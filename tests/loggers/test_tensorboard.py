@@ -77,6 +77,7 @@ def every_key(expected):
     [
         ("log", ({str(i): 1.0 for i in range(50)},), "49"),
         ("event", ("stop", {"why": "x" * 100_000}), "event/stop/text_summary"),
+        ("alert", ("stop", "Stopped", "x" * 100_000, "error", {}), "event/stop/text_summary"),
         ("histogram", ("load", [0.5, 1.0]), "load"),
         ("heatmap", ("loads", [[0.5, 1.0]] * 20, ["layer"] * 20), "loads/text_summary"),
     ],
@@ -133,6 +134,17 @@ def test_an_event_is_a_text_with_its_fields(tmp_path):
     assert got == {"path": "a/ü\nb", "sizes": [1, 2]}
 
 
+def test_an_alert_is_a_text_that_begins_with_what_it_tells(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    logger.alert("rollback", "Went back", "To step 3.\nSlower.", "error", {"layer": "ü"}, 4)
+    logger.record("reading", {"layer": "ü"}, 5)
+    logger.close()
+    ((step, text),) = texts(tmp_path, "event/rollback")
+    assert step == 4
+    assert text == '**error: Went back**\n\nTo step 3.\nSlower.\n\n```\n{\n  "layer": "ü"\n}\n```'
+    assert steps(tmp_path) == {"event/rollback/text_summary": [4]}
+
+
 @pytest.mark.parametrize("values", [[0.5, 0.1, 0.1, 0.3], [0.125] * 8, [1e200, -1e300], [np.float32(2), 1]])
 def test_a_histogram_has_the_bins_of_the_json_lines(tmp_path, values):
     logger = MultiLogger([TensorBoardLogger(tmp_path / "tb"), JSONLLogger(tmp_path / "log.jsonl")])
@@ -186,6 +198,8 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path):
     for call in (
         lambda: logger.log({"good": 1.0, "a": [1.0]}, 0),
         lambda: logger.event("stop", {"path": tmp_path}, 0),
+        lambda: logger.record("stop", {"path": tmp_path}, 0),
+        lambda: logger.alert("stop", "", "", "info", {}, 0),
         lambda: logger.histogram("a", [math.nan], 0),
         lambda: logger.heatmap("a", [[1.0]], [], 0),
     ):

@@ -13,7 +13,7 @@ from PIL import Image
 from moegeo_router.loggers import JSONLLogger, MultiLogger, WandbLogger, read_jsonl
 from moegeo_router.loggers.base import bin_values
 from moegeo_router.loggers.picture import heatmap_caption, heatmap_picture
-from tests.support.wandb_offline import find_runs, read_finished_run
+from tests.support.wandb_offline import find_runs, read_finished_run, shown_table
 
 
 class Refusal(http.server.BaseHTTPRequestHandler):
@@ -90,6 +90,83 @@ def test_an_event_is_a_row_with_its_numbers_and_texts(tmp_path):
         "event/checkpoint/path": "a/b",
         "event/checkpoint/kept": "[1, 2]",
     }
+
+
+def test_an_alert_is_a_notification_a_row_and_a_row_of_a_table(tmp_path):
+    logger = start(tmp_path)
+    logger.log({"train/loss": 1.0}, 6)
+    logger.record("reading", {"a": 1}, 6)
+    logger.alert("rollback", "Went back", "To step 3.\n", "error", {"from": 7, "kept": [1, 2]}, 7)
+    logger.alert("dead", "x" * 64, "", "warning", {}, 7)
+    logger.alert("fine", "x" * 63, "", "info", {"loss": math.nan}, 9)
+    logger.close()
+    run = only_run(tmp_path)
+    assert run.alerts == [
+        ("ERROR", "Went back", "To step 3.\n"),
+        ("WARN", "x" * 62 + "…", ""),
+        ("INFO", "x" * 63, ""),
+    ]
+    rows = [{key: value for key, value in row.items() if "geometry/events" not in key} for row in run.history]
+    assert rows[:3] == [
+        {"step": 6, "train/loss": 1.0},
+        {
+            "step": 7,
+            "event/rollback": 1,
+            "event/rollback/title": "Went back",
+            "event/rollback/level": "error",
+            "event/rollback/from": 7,
+            "event/rollback/kept": "[1, 2]",
+        },
+        {"step": 7, "event/dead": 1, "event/dead/title": "x" * 64, "event/dead/level": "warning"},
+    ]
+    (path,) = find_runs(tmp_path)
+    assert shown_table(path, "geometry/events") == [
+        [7, "rollback", "error", "Went back", "To step 3.\n", '{"from": 7, "kept": [1, 2]}'],
+        [7, "dead", "warning", "x" * 64, "", "{}"],
+        [9, "fine", "info", "x" * 63, "", '{"loss": NaN}'],
+    ]
+    assert [row["geometry/events/nrows"] for row in run.history[1:]] == [1, 2, 3]
+
+
+def test_the_table_of_alerts_survives_resumes_and_many_of_them(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("moegeo_router.loggers.wandb.PARTS", 3)
+    run_id = None
+    for first in (0, 4, 6):
+        if run_id:
+            time.sleep(1.1)  # wandb names the folder by the second
+        logger = start(tmp_path, run_id=run_id)
+        run_id = logger.run_id
+        for step in range(first, first + 4):  # the third run begins at a checkpoint before the end of the second
+            logger.alert("dead", f"in run {first}", "", "info", {}, step)
+        logger.close()
+    other = start(tmp_path)
+    other.alert("dead", "of another run", "", "info", {}, 0)
+    other.close()
+    expected = [(step, first) for first in (0, 4, 6) for step in range(first, first + 4)]
+    paths = [path for path in find_runs(tmp_path) if read_finished_run(path).run_id == run_id]
+    assert len(paths) == 3
+    for number, path in enumerate(paths, start=1):
+        shown = shown_table(path, "geometry/events")
+        assert [(row[0], row[3]) for row in shown] == [(s, f"in run {first}") for s, first in expected[: 4 * number]]
+        logged = [row for row in read_finished_run(path).history if "geometry/events/increment_num" in row]
+        assert max(row["geometry/events/increment_num"] for row in logged) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_table_that_a_kill_cut_short_stops_no_run(tmp_path):
+    logger = start(tmp_path)
+    for step in range(2):
+        logger.alert("dead", "a", "", "info", {}, step)
+    logger.close()
+    last = max(tmp_path.glob("wandb/*run-*/files/media/table/geometry/*.json"), key=lambda path: path.name)
+    last.write_bytes(last.read_bytes()[:-3])
+    time.sleep(1.1)
+    resumed = start(tmp_path, run_id=logger.run_id)
+    resumed.alert("dead", "a", "", "info", {}, 2)
+    resumed.close()
+    *_, path = find_runs(tmp_path)
+    read_finished_run(path)
+    assert [row[0] for row in shown_table(path, "geometry/events")] == [0, 2]
 
 
 def test_a_histogram_and_a_heatmap_are_wandbs_own(tmp_path):
@@ -197,6 +274,9 @@ def test_the_environment_wins_over_the_mode(tmp_path, monkeypatch):
     logger = start(tmp_path, mode="online")
     logger.log({"a": 1.0}, 0)
     logger.event("stop", {}, 0)
+    logger.record("stop", {}, 0)
+    for step in range(2):
+        logger.alert("stop", "Stopped", "", "error", {}, step)
     logger.histogram("b", [1.0], 0)
     logger.heatmap("c", [[1.0]], ["layer0"], 0)
     logger.close()
@@ -231,6 +311,10 @@ def test_mistakes_are_refused(tmp_path):
         logger.log({"a": Path()}, 0)
     with pytest.raises(ValueError, match="fields"):
         logger.event("stop", {"a": object()}, 0)
+    with pytest.raises(ValueError, match="fields"):
+        logger.record("stop", {"a": object()}, 0)
+    with pytest.raises(ValueError, match="level"):
+        logger.alert("stop", "a", "", "warn", {}, 0)
     with pytest.raises(ValueError, match="values"):
         logger.histogram("a", [], 0)
     with pytest.raises(ValueError, match="labels"):

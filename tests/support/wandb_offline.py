@@ -29,6 +29,8 @@ class OfflineRun:
     project: str = ""
     run_id: str = ""
     tags: list[str] = field(default_factory=list)
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)
+    """Level, title and text of each notification."""
     exit_code: int | None = None
 
 
@@ -63,9 +65,19 @@ def read_run(path: Path) -> OfflineRun:
                 run.project, run.run_id, run.tags = record.run.project, record.run.run_id, list(record.run.tags)
             case "metric":
                 run.step_metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            case "alert":
+                run.alerts.append((record.alert.level, record.alert.title, record.alert.text))
             case "exit":
                 run.exit_code = record.exit.exit_code
     return run
+
+
+def shown_table(path: Path, key: str) -> list[list[Any]]:
+    """Return the rows of an incremental table that the run's last state of it is made of: those of all its parts."""
+    logged = [row for row in read_run(path).history if f"{key}/path" in row]
+    files = {row[f"{key}/artifact_path"]: path.parent / "files" / row[f"{key}/path"] for row in logged}
+    parts = [*logged[-1][f"{key}/previous_increments_paths"], logged[-1][f"{key}/artifact_path"]]
+    return [row for part in parts for row in json.loads(files[part].read_bytes())["data"]]
 
 
 def _items(items: Any) -> dict[str, Any]:

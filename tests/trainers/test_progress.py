@@ -61,6 +61,14 @@ def test_lines_come_every_so_many_seconds_and_at_the_end(clock, capsys):
     assert steps == ["1", "5", "9", "13", "17", "20"]
 
 
+def test_a_mark_is_a_line_at_once(clock, capsys):
+    with Lines(20, seconds=10) as lines:
+        lines.update(1, SCALARS)
+        lines.mark(2, "layer0: [bold]collapse[/bold]")
+        lines.update(2, SCALARS)
+    assert capsys.readouterr().out.splitlines()[1:] == ["step 2  layer0: [bold]collapse[/bold]"]
+
+
 def test_the_speed_shown_is_smoothed_over_time_not_over_speeds(capsys):
     lines = Lines(2, seconds=0)
     lines.update(1, SCALARS)
@@ -72,6 +80,7 @@ def test_the_speed_shown_is_smoothed_over_time_not_over_speeds(capsys):
 def test_silence(capsys):
     with Silent() as silent:
         silent.update(1, SCALARS)
+        silent.mark(1, "something")
     assert capsys.readouterr().out == ""
 
 
@@ -100,8 +109,9 @@ from trainers.progress import Bar, for_terminal
 bar = for_terminal(40, 10)
 assert isinstance(bar, Bar)
 with bar:
-    for step in (11, 12):
-        bar.update(step, {scalars})
+    bar.update(11, {scalars})
+    bar.mark(11, "layer0: [bold]collapse[/bold] :warning:")
+    bar.update(12, {scalars})
 """
 
 
@@ -125,6 +135,7 @@ def test_a_terminal_gets_a_bar_with_all_of_it_in_80_columns():
     os.close(main)
     assert process.communicate()[1] == b""
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert text.count("step 11  layer0: [bold]collapse[/bold] :warning:") == 1
     bar, *layers = re.split(r"[\r\n]+", text.strip())[-3:]
     for part in ("training", "12/40", "loss 1.235", "1,000 tokens/s", "dead 38%"):
         assert part in bar, (part, bar)
