@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,7 +14,7 @@ from .control.controller import Event
 from .control.wiring import control_loop, guard_of
 from .losses import Regularizers
 from .metrics.load import load_share
-from .metrics.summary import expert_scalars, flatten, layer_scalars, movement_scalars, short_names
+from .metrics.summary import expert_scalars, flatten, model_scalars, short_names
 from .observe.build import refuse_second_watch, unwrapped
 from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics, without_traces
@@ -107,12 +106,19 @@ class Geometry:
         self._steps: RouterSteps | None = None
         self._control: ControlLoop | None = None
         # Before the steps are taken over: a gradient that is not finite must reach no one.
-        self._guard = guard_of(optimizers, config.control, config.controller, config.grad_scaler, config.group)
+        self._guard = guard_of(optimizers, config)
         self._numbers: dict[str, Tensor] = {}
-        self._fresh: dict[str, dict[str, float]] | None = None
         try:
             self._steps = self._take_over(sites, optimizers)
-            self._control = self._control_of(sites, optimizers)
+            self._control = control_loop(
+                model,
+                sites,
+                optimizers,
+                config,
+                steps=self._steps,
+                regularization=self._regularization,
+                paused=self.pause,
+            )
         except ValueError:
             self.detach()  # what could not be attached leaves no hooks behind
             raise
@@ -240,7 +246,8 @@ class Geometry:
         if newest is None or not self._watch.watching:
             return {}
         (reduced, numbers), before = newest, self._watch.window.previous
-        scalars = self._fresh if self._fresh is not None else self._scalars(reduced, before, numbers)
+        fresh = None if self._control is None else self._control.scalars
+        scalars = self._scalars(reduced, before, numbers) if fresh is None else fresh
         experts = None
         if self.config.per_expert:
             experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}
@@ -362,7 +369,6 @@ class Geometry:
             self._reduced = empty.unflat(state["sums"])
             values = self._regularization.restore(self._reduced, dict(state["sensitivities"]))
             self._numbers = dict(state.get("numbers", {})) | {"regularizers": values}
-            self._fresh = None
             window.post(self._reduced, self._numbers)
 
     def _take_over(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> RouterSteps | None:
@@ -377,24 +383,6 @@ class Geometry:
             scale=self.config.router_lr,
             before=self._before_step,
             after=self._after_step,
-        )
-
-    def _control_of(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> ControlLoop | None:
-        config = self.config
-        if config.controller is None:
-            return None
-        return control_loop(
-            self._model,
-            sites,
-            optimizers,
-            config=config.control,
-            mode=config.controller,
-            interventions=config.interventions,
-            steps=self._steps,
-            regularization=self._regularization,
-            paused=self.pause,
-            scores=config.scores,
-            group=config.group,
         )
 
     def _observe(self, seen: LayerForward, trained: bool) -> None:
@@ -424,7 +412,7 @@ class Geometry:
                 numbers: dict[str, Tensor] = {} if movement is None else movement._asdict()
                 if self._control is not None:
                     reduced = without_traces(reduced) if skipped else reduced
-                    numbers |= self._controlled(self._control, reduced, numbers, skipped)
+                    numbers |= self._control.end_step(self._watch.window, reduced, numbers, skipped, self._scalars)
                 # After the controller, which may have changed what they weigh.
                 numbers["regularizers"] = self._regularization.end_step(reduced)
                 self._reduced, self._numbers = reduced, numbers
@@ -433,36 +421,10 @@ class Geometry:
         if self._watch.stopped and self._steps is not None:
             self._steps.leave_natural_steps()
 
-    def _controlled(
-        self, control: ControlLoop, reduced: RoutingStatistics, numbers: Mapping[str, Tensor], skipped: bool
-    ) -> dict[str, Tensor]:
-        """Hand a step to the controller: this one, or on an accelerator the one before, which has arrived by now."""
-        device = reduced.failures.device
-        own = {"loss": control.loss_sums(device), "skipped": torch.full((1,), float(skipped), device=device)}
-        window = self._watch.window
-        control.begin_turn()
-        if device.type != "cuda":
-            newest = window.newest(wait=False)
-            self._fresh = self._scalars(reduced, None if newest is None else newest[0], numbers)
-            control.turn(reduced, self._fresh, own)
-        elif (newest := window.newest(wait=True)) is not None:
-            control.turn(newest[0], self._scalars(newest[0], window.previous, newest[1]), newest[1])
-        return own
-
     def _scalars(
         self, reduced: RoutingStatistics, before: RoutingStatistics | None, numbers: Mapping[str, Tensor]
     ) -> dict[str, dict[str, float]]:
-        """Return the scalars of every layer that has some."""
-        scalars = {
-            name: layer_scalars(reduced.layers[name], None if before is None else before.layers.get(name))
-            for name in self.layers
-            if name in reduced.layers
-        }
-        scalars = {name: found for name, found in scalars.items() if found}
-        for name, moved in zip(self._stepped, movement_scalars(numbers), strict=False):
-            if name in scalars:
-                scalars[name] |= moved
-        return scalars
+        return model_scalars(self.layers, reduced, before, self._stepped, numbers)
 
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""

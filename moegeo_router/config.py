@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from .control.config import ControlConfig
+from .checks import check_choice, check_not_negative, check_whole
+from .control.config import ControlConfig, Mode
 from .losses import Regularizers
 from .observe.fisher import Estimator, GatesScale, LossScale
 from .routers.find import Select
@@ -14,7 +15,6 @@ from .routers.gating import ScoreFunction
 
 Step = Literal["riemannian", "natural"]
 OnError = Literal["warn", "raise"]
-ControllerMode = Literal["observe", "advise", "act"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,11 @@ class NaturalConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"natural.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("damping", "floor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"natural.{name} must be at least 0, got {getattr(self, name)}")
+            check_not_negative(f"natural.{name}", getattr(self, name))
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ValueError(f"natural.limit must be above 0 (radians) or None, got {self.limit}")
         for name in ("refresh_every", "rows", "block"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"natural.{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(f"natural.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +126,7 @@ class GeometryConfig:
     step: Step | None = "natural"
     router_lr: float = 1.0
     natural: NaturalConfig = field(default_factory=NaturalConfig)
-    controller: ControllerMode | None = "observe"
+    controller: Mode | None = "observe"
     control: ControlConfig = field(default_factory=ControlConfig)
     interventions: tuple[Any, ...] = ()
     per_layer: bool = False
@@ -139,19 +136,16 @@ class GeometryConfig:
     group: Any = None
 
     def __post_init__(self) -> None:
-        _check_choice("scores", self.scores, get_args(ScoreFunction))
-        _check_choice("fisher", self.fisher, (*get_args(Estimator), None))
-        _check_choice("loss", self.loss, get_args(LossScale))
-        _check_choice("gates", self.gates, get_args(GatesScale))
-        _check_choice("step", self.step, (*get_args(Step), None))
-        _check_choice("on_error", self.on_error, get_args(OnError))
-        _check_choice("controller", self.controller, (*get_args(ControllerMode), None))
+        check_choice("scores", self.scores, get_args(ScoreFunction))
+        check_choice("fisher", self.fisher, (*get_args(Estimator), None))
+        check_choice("loss", self.loss, get_args(LossScale))
+        check_choice("gates", self.gates, get_args(GatesScale))
+        check_choice("step", self.step, (*get_args(Step), None))
+        check_choice("on_error", self.on_error, get_args(OnError))
+        check_choice("controller", self.controller, (*get_args(Mode), None))
         for name, least in (("top_k", 1), ("num_domains", 0), ("accumulation", 1), ("pictures_every", 0)):
-            value = getattr(self, name)
-            if value is None and name == "top_k":
-                continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if name != "top_k" or self.top_k is not None:
+                check_whole(name, getattr(self, name), least)
         if not 0 <= self.router_lr < float("inf"):
             raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
         if self.regularizers is not None and not isinstance(self.regularizers, Regularizers):
@@ -166,9 +160,3 @@ class GeometryConfig:
             raise ValueError(f"regularizers.fhs needs fisher='outputs', got {self.fisher!r}")
         if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "scale", None)):
             raise ValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(self.grad_scaler).__name__}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        *first, last = map(repr, choices)
-        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")

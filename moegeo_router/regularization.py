@@ -94,6 +94,8 @@ class Regularization:
             owner: who adds them.
             weights: by name of the regularizer.
         """
+        if not weights and owner not in self._added.get(layer, {}):
+            return
         added = self._added.setdefault(layer, {})
         added.pop(owner, None)
         if weights:

@@ -132,7 +132,7 @@ class RowDrift(Fault):
 
     def _remember(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if layer.training and isinstance(layer, MoELayer):
-            self._means[layer] = inputs[0].detach().flatten(0, -2).float().mean(0)
+            self._means[layer] = _mean_input(inputs)
 
     @torch.no_grad()
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
@@ -300,12 +300,15 @@ def _put_back(weight_ED: nn.Parameter) -> None:
         weight_ED.copy_(manifold.projx(weight_ED))  # type: ignore[operator]
 
 
+def _mean_input(inputs: tuple[Tensor, ...]) -> Tensor:
+    return inputs[0].detach().flatten(0, -2).float().mean(0)
+
+
 def _mean_inputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     """Return the mean input (D,) of every MoE layer, in their order."""
     means: list[Tensor] = []
     handles = [
-        layer.register_forward_pre_hook(lambda _, inputs: means.append(inputs[0].flatten(0, -2).float().mean(0)))
-        for layer in _layers(model)
+        layer.register_forward_pre_hook(lambda _, inputs: means.append(_mean_input(inputs))) for layer in _layers(model)
     ]
     training = model.training
     model.eval()

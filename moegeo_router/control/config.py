@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from ..checks import check_choice, check_not_negative, check_whole
 from .thresholds import FAILURES, Threshold, thresholds_with
 
+Mode = Literal["observe", "advise", "act"]
 Moves = Literal["balance", "fsi", "dispersion", "information", "speed"]
 Scope = Literal["routers", "everything"]
 
@@ -125,14 +127,10 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"control.{name} must be a whole number of at least {least}, got {value!r}")
+            check_whole(f"control.{name}", getattr(self, name), least)
         for name in ("least_gain", "loss_margin"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"control.{name} must be at least 0, got {getattr(self, name)}")
-        if self.snapshot_scope not in get_args(Scope):
-            raise ValueError(f"control.snapshot_scope must be 'routers' or 'everything', got {self.snapshot_scope!r}")
+            check_not_negative(f"control.{name}", getattr(self, name))
+        check_choice("control.snapshot_scope", self.snapshot_scope, get_args(Scope))
         if unknown := set(self.ladders) - set(FAILURES):
             raise ValueError(f"control.ladders: no failure {sorted(unknown)}; there are {', '.join(FAILURES)}")
         metrics = {row.metric for row in self.table()}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from .config import ControlConfig
+from .config import ControlConfig, Mode
 from .plant import Order
 from .policy import Decision, Policy
 from .reading import LayerReading, Reading
 from .setpoints import SetPointControl
 from .signals import Alert, Signals
-
-Mode = Literal["observe", "advise", "act"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +66,7 @@ class Controller:
         self.signals = Signals(config.table())
         self.policy = Policy(config, available)
         self._setpoints = SetPointControl(config.setpoints)
+        self._held = dict.fromkeys(point.metric for point in config.setpoints)
 
     def update(self, reading: Reading) -> Turn:
         """Take in one step's reading."""
@@ -125,8 +123,9 @@ class Controller:
             tracks = self.signals.layers[name].tracks
             # A metric that is not judged yet is not held, either.
             values = {
-                metric: track.fast.value if reading.step > self.signals.threshold(metric).warmup else math.nan
-                for metric, track in tracks.items()
+                metric: tracks[metric].fast.value
+                for metric in self._held
+                if metric in tracks and reading.step > self.signals.threshold(metric).warmup
             }
             weights[name] = self._setpoints.update(name, values)
         return weights

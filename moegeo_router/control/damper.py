@@ -30,6 +30,12 @@ class Damper:
         self._before: dict[str, Tensor] = {}
         self._handles = [optimizer.register_step_pre_hook(self._keep) for optimizer in optimizers]
 
+    def set_factor(self, name: str, factor: float) -> None:
+        """Set c of a router; at 1 its steps are left alone."""
+        self.factors.pop(name, None)
+        if factor != 1:
+            self.factors[name] = factor
+
     def finish(self) -> None:
         """Take back a part of the steps made since the hooks ran."""
         for name, before in self._before.items():

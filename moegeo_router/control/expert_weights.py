@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..checks import check_not_negative
 from ..geometry.simplex import widen
 from ..routers.experts import Experts
 
@@ -75,8 +76,7 @@ class ExpertWeights:
         Raises:
             ValueError: no such expert, or a negative noise.
         """
-        if not 0 <= noise < float("inf"):
-            raise ValueError(f"noise must be at least 0, got {noise}")
+        check_not_negative("noise", noise)
         for origin, piece in zip(self.slices(source), self.slices(target), strict=True):
             values = view(origin)
             if noise:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,11 @@ class Guard:
 
     Args:
         optimizers: those that are guarded.
-        active: whether it is on.
         group: the data-parallel process group; all of its ranks take a step, or none does.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], active: Callable[[], bool], group: Any = None) -> None:
-        self._optimizers, self._active, self._group = list(optimizers), active, group
-        self._skipped = False
+    def __init__(self, optimizers: Sequence[Optimizer], group: Any = None) -> None:
+        self._group, self._skipped = group, False
         self._handles = [optimizer.register_step_pre_hook(self._check) for optimizer in optimizers]
 
     def take(self) -> bool:
@@ -40,7 +38,7 @@ class Guard:
             handle.remove()
 
     def _check(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._active() or len(args) > 1 or kwargs.get("closure") is not None:
+        if len(args) > 1 or kwargs.get("closure") is not None:
             return
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._finite(held):

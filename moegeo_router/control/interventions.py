@@ -27,7 +27,7 @@ class MoreRegularization(Intervention):
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
-        return _frozen(plant, layer)
+        return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Add to the weights, the more the more often it was ordered."""
@@ -62,7 +62,7 @@ class PriorStep(Intervention):
         site = plant.sites[layer]
         if _prior(plant, layer) is None and bias_of(site) is None:
             return "the router has no prior that follows the load, and no trained bias"
-        return _frozen(plant, layer)
+        return plant.frozen(layer)
 
     @torch.no_grad()
     def apply(self, plant: Plant, order: Order) -> Applied:
@@ -121,7 +121,7 @@ class Temperature(Intervention):
         """Return why not."""
         if _scaled(plant, layer) is None:
             return "rows of fixed norm, and no temperature"
-        return _frozen(plant, layer)
+        return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Divide the logits by τ."""
@@ -176,25 +176,19 @@ class CutRate(Intervention):
             return "no optimizer was given to attach"
         if plant.steps is not None and plant.steps.is_natural(layer):
             return "stepped naturally: the speed limit is lowered instead"
-        return _frozen(plant, layer)
+        return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Quarter it, again if it was ordered before."""
         assert plant.damper is not None
         before = plant.damper.factors.get(order.layer, 1.0)
-        plant.damper.factors[order.layer] = before / 4
+        plant.damper.set_factor(order.layer, before / 4)
         return Applied(done=True, detail={"factor": before / 4}, memory={"before": before})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Put it back."""
         assert plant.damper is not None
-        plant.damper.factors[layer] = float(memory["before"])
-        if plant.damper.factors[layer] == 1:
-            del plant.damper.factors[layer]
-
-
-def _frozen(plant: Plant, layer: str) -> str | None:
-    return None if plant.sites[layer].weight.requires_grad else "the router is frozen"
+        plant.damper.set_factor(layer, float(memory["before"]))
 
 
 def _prior(plant: Plant, layer: str) -> ExpertPrior | None:

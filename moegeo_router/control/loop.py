@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..observe.forward import LayerForward
 from ..observe.statistics import RoutingStatistics, world_size
-from .config import ControlConfig
-from .controller import Controller, Event, Mode
+from ..observe.window import Window
+from .config import ControlConfig, Mode
+from .controller import Controller, Event
 from .plant import Intervention, Order, Plant
 from .policy import Decision
 from .reading import LayerReading, Reading
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Readings and events that nobody asks for are kept up to this many.
 KEEP = 1000
+
+ScalarsOf = Callable[[RoutingStatistics, RoutingStatistics | None, Mapping[str, Tensor]], dict[str, dict[str, float]]]
 
 _LOG = logging.getLogger("moegeo_router")
 
@@ -50,6 +53,9 @@ class ControlLoop:
         plant: what it can move.
         interventions: that it knows.
         snapshots: are taken of healthy states, while it acts.
+
+    Attributes:
+        scalars: of the layers in the newest step, where that needs no waiting.
     """
 
     def __init__(
@@ -65,7 +71,8 @@ class ControlLoop:
         self._known = {intervention.name: intervention for intervention in interventions}
         self.available, self.reasons = _availability(plant, interventions)
         self.controller = Controller(config, mode, self.available)
-        self.step, self.weights = 0, dict[str, dict[str, float]]()
+        self.step, self._looking = 0, {one.name for one in interventions if one.looks}
+        self.scalars: dict[str, dict[str, float]] | None = None
         self._standing: list[Standing] = []
         self._events: deque[Event] = deque(maxlen=KEEP)
         self._readings: deque[Reading] = deque(maxlen=KEEP)
@@ -81,7 +88,38 @@ class ControlLoop:
         """Take in the loss of a micro-batch."""
         self._losses.append(loss.detach())
 
-    def loss_sums(self, device: torch.device) -> Tensor:
+    def end_step(
+        self,
+        window: Window,
+        reduced: RoutingStatistics,
+        numbers: Mapping[str, Tensor],
+        skipped: bool,
+        scalars: ScalarsOf,
+    ) -> dict[str, Tensor]:
+        """Hand a step to the controller: this one, or on an accelerator the one before, which has arrived by now.
+
+        Args:
+            window: holds the steps before, their numbers as here with what this returned.
+            reduced: the sums of the step.
+            numbers: others of it.
+            skipped: whether it was not taken.
+            scalars: makes those of the layers, of the sums of a step, those of the step before, and its numbers.
+
+        Returns:
+            What the next call on an accelerator needs.
+        """
+        device = reduced.failures.device
+        own = {"loss": self._loss_sums(device), "skipped": torch.full((1,), float(skipped), device=device)}
+        self._go_on()
+        if device.type != "cuda":
+            newest = window.newest(wait=False)
+            self.scalars = scalars(reduced, None if newest is None else newest[0], numbers)
+            self._turn(reduced, self.scalars, own)
+        elif (newest := window.newest(wait=True)) is not None:
+            self._turn(newest[0], scalars(newest[0], window.previous, newest[1]), newest[1])
+        return own
+
+    def _loss_sums(self, device: torch.device) -> Tensor:
         """Return sum and number of the losses since the last call, over all ranks, (2,) on ``device``."""
         losses, self._losses = self._losses, []
         total = torch.stack([loss.double().to(device) for loss in losses]).sum() if losses else 0.0
@@ -91,7 +129,7 @@ class ControlLoop:
             dist.all_reduce(sums, group=self._plant.group)
         return sums
 
-    def begin_turn(self) -> None:
+    def _go_on(self) -> None:
         """Go on with what stands, after every step."""
         if self._plant.damper is not None:
             self._plant.damper.finish()
@@ -105,7 +143,7 @@ class ControlLoop:
         if self._plant.damper is not None:
             self._plant.damper.remove()
 
-    def turn(
+    def _turn(
         self, reduced: RoutingStatistics, scalars: Mapping[str, Mapping[str, float]], numbers: Mapping[str, Tensor]
     ) -> None:
         """Take in what the next step came to, and do what the controller says.
@@ -187,7 +225,6 @@ class ControlLoop:
             "step": self.step,
             "said": self._said,
             "controller": self.controller.state(),
-            "weights": {layer: dict(weights) for layer, weights in self.weights.items()},
             "added": self._plant.regularization.added(),
             "brakes": self._plant.brakes(),
             "snapshots": self._snapshots.state(),
@@ -197,7 +234,7 @@ class ControlLoop:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state()``: with the decisions of the unbroken run."""
         self._said = state["said"]
-        self.step, self.weights = state["step"], {layer: dict(w) for layer, w in state["weights"].items()}
+        self.step, self.scalars = state["step"], None
         self.controller.load(state["controller"])
         self._plant.set_brakes(state["brakes"])
         for layer, owners in state["added"].items():
@@ -234,10 +271,9 @@ class ControlLoop:
 
     def _look(self) -> None:
         """Look at the tokens of layers in which an intervention may soon want to see them."""
-        looking = {name for name, one in self._known.items() if one.looks}
         for layer, probe in self._plant.probes.items():
             signals = self.controller.signals.layers.get(layer)
-            wanted = signals is not None and signals.dead and looking.intersection(self.available[layer])
+            wanted = signals is not None and signals.dead and self._looking.intersection(self.available[layer])
             (probe.on if wanted else probe.off)()
 
     def _layers(self, layer: str, name: str) -> list[str]:
@@ -250,7 +286,6 @@ class ControlLoop:
 
     def _move(self, weights: Mapping[str, Mapping[str, float]]) -> None:
         for layer, moved in weights.items():
-            self.weights[layer] = dict(moved)
             speed = moved.get("speed", 0.0)
             if speed or "set-point" in self._plant.speed_factors.get(layer, {}):
                 self._plant.set_speed(layer, "set-point", math.exp(-speed))

@@ -52,6 +52,10 @@ class Plant:
     group: Any = None
     _limits: dict[str, float] = field(default_factory=dict)
 
+    def frozen(self, layer: str) -> str | None:
+        """Return why a router cannot be moved, None if it can."""
+        return None if self.sites[layer].weight.requires_grad else "the router is frozen"
+
     def set_speed(self, layer: str, owner: str, factor: float) -> None:
         """Multiply the speed limit of a router's natural steps; where there is none, nothing is done."""
         if self.steps is None or not self.steps.is_natural(layer):

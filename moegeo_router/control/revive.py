@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_not_negative
 from ..geometry.simplex import widen
 from ..observe.statistics import world_size
 from ..optim.stack import bias_of
@@ -78,10 +79,8 @@ class Revive(Intervention):
         renormalize: bool = True,
         paused: Paused = nullcontext,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be 'copy' or 'fresh', got {mode!r}")
-        if not 0 <= noise < float("inf"):
-            raise ValueError(f"noise must be at least 0, got {noise}")
+        check_choice("mode", mode, get_args(Mode))
+        check_not_negative("noise", noise)
         for name, value in (("most", most), ("change_limit", change_limit)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")

@@ -150,7 +150,7 @@ class Rollback(Intervention):
         """Return why not."""
         if not plant.optimizers:
             return "no optimizer was given to attach"
-        return None if plant.sites[layer].weight.requires_grad else "the router is frozen"
+        return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Go back, and be slower, the more the more often it was ordered."""
@@ -184,9 +184,7 @@ class Rollback(Intervention):
         if plant.steps is not None and plant.steps.is_natural(layer):
             plant.set_speed(layer, self.name, factor)
         elif plant.damper is not None:
-            plant.damper.factors.pop(layer, None)
-            if factor < 1:
-                plant.damper.factors[layer] = factor
+            plant.damper.set_factor(layer, factor)
 
 
 def _copied(value: Any) -> Any:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..config import GeometryConfig
 from ..optim import RouterSteps
 from ..regularization import Regularization
 from ..routers.experts import block_of, find_experts
 from ..routers.find import RouterSite
-from ..routers.gating import ScoreFunction
 from .config import ControlConfig
-from .controller import Mode
 from .damper import Damper
 from .guard import Guard
 from .interventions import CutRate, MoreRegularization, PriorStep, SlowDown, Temperature
@@ -30,34 +28,29 @@ def control_loop(
     model: nn.Module,
     sites: Sequence[RouterSite],
     optimizers: Sequence[Optimizer],
+    config: GeometryConfig,
     *,
-    config: ControlConfig,
-    mode: Mode,
-    interventions: Sequence[Intervention],
     steps: RouterSteps | None,
     regularization: Regularization,
     paused: Paused,
-    scores: ScoreFunction,
-    group: Any,
-) -> ControlLoop:
-    """Return the loop of a run.
+) -> ControlLoop | None:
+    """Return the loop of a run, None where it is to have no controller.
 
     Args:
         model: the model itself, out of its wrappers.
         sites: its routers.
         optimizers: the user's.
-        config: of the control.
-        mode: see ``Controller``.
-        interventions: of one's own, beside the built-in ones.
+        config: of the ``attach``.
         steps: the routers' steps, where they were taken over.
         regularization: the regularizers.
         paused: makes a context in which nothing is counted.
-        scores: the routers' score function.
-        group: the data-parallel process group.
 
     Raises:
         ValueError: an intervention in a ladder that nobody knows, or two of one name.
     """
+    mode, control = config.controller, config.control
+    if mode is None:
+        return None
     by_name = {site.name: site for site in sites}
     plant = Plant(
         model=model,
@@ -68,17 +61,17 @@ def control_loop(
         regularization=regularization,
         probes={site.name: _probe(model, site) for site in sites} if mode == "act" else {},
         damper=Damper(by_name, optimizers) if optimizers and mode == "act" else None,
-        scores=scores,
-        group=group,
+        scores=config.scores,
+        group=config.group,
     )
-    snapshots = Snapshots(plant, config.snapshot_scope, config.snapshots)
+    snapshots = Snapshots(plant, control.snapshot_scope, control.snapshots)
     gentle = [MoreRegularization(), PriorStep(), Temperature(), SlowDown(), CutRate()]
-    known = [*gentle, Revive(paused=paused), Rollback(snapshots), *interventions]
-    _check_names(config, known)
+    known = [*gentle, Revive(paused=paused), Rollback(snapshots), *config.interventions]
+    _check_names(control, known)
     frozen = [site.name for site in sites if not site.weight.requires_grad]
     if mode == "act" and len(frozen) == len(sites):
         warnings.warn("every router is frozen: the controller can only observe", stacklevel=4)
-    return ControlLoop(config, mode, plant, known, snapshots)
+    return ControlLoop(control, mode, plant, known, snapshots)
 
 
 def _probe(model: nn.Module, site: RouterSite) -> LayerProbe:
@@ -90,13 +83,11 @@ def _probe(model: nn.Module, site: RouterSite) -> LayerProbe:
     return LayerProbe(site, None if block is None else block[1], failed)
 
 
-def guard_of(
-    optimizers: Sequence[Optimizer], config: ControlConfig, mode: Mode | None, scaler: Any, group: Any
-) -> Guard | None:
+def guard_of(optimizers: Sequence[Optimizer], config: GeometryConfig) -> Guard | None:
     """Return what keeps broken gradients from being stepped; None where nobody asked for it, or a scaler does it."""
-    if mode != "act" or not config.guard or scaler is not None or not optimizers:
+    if config.controller != "act" or not config.control.guard or config.grad_scaler is not None or not optimizers:
         return None
-    return Guard(optimizers, lambda: True, group)
+    return Guard(optimizers, config.group)
 
 
 def _check_names(config: ControlConfig, known: Sequence[Intervention]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..geometry.simplex import fisher_rao_distance
-from ..observe.statistics import LayerStatistics
+from ..observe.statistics import LayerStatistics, RoutingStatistics
 from .heterogeneity import fhs, fhs_per_token
 from .load import coefficient_of_variation, dead_fraction, gini, load_share, max_violation, utilization_entropy
 from .specialization import dispersion_from_means, fsi, fsi_domain_from_sums, fsi_load, fsi_max, information_from_means
@@ -89,6 +89,32 @@ def movement_scalars(numbers: Mapping[str, Tensor]) -> list[dict[str, float]]:
     columns = zip(*(numbers[field].tolist() for field in names), strict=True)
     # NaN is the next batch of a first step, inf a limit that does not exist.
     return [{n: v for n, v in zip(names.values(), row, strict=True) if math.isfinite(v)} for row in columns]
+
+
+def model_scalars(
+    layers: Iterable[str],
+    reduced: RoutingStatistics,
+    before: RoutingStatistics | None,
+    stepped: Sequence[str] = (),
+    numbers: Mapping[str, Tensor] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return the scalars of every layer that has some, those of its router's step included.
+
+    Args:
+        layers: their names.
+        reduced: the sums of a step, on the CPU.
+        before: those of the step before.
+        stepped: the routers in the order of the numbers that their steps report.
+        numbers: see ``movement_scalars``.
+    """
+    known = [name for name in layers if name in reduced.layers]
+    previous = {} if before is None else before.layers
+    scalars = {name: layer_scalars(reduced.layers[name], previous.get(name)) for name in known}
+    scalars = {name: found for name, found in scalars.items() if found}
+    for name, moved in zip(stepped, movement_scalars(numbers or {}), strict=False):
+        if name in scalars:
+            scalars[name] |= moved
+    return scalars
 
 
 def expert_scalars(statistics: LayerStatistics) -> dict[str, float]:

@@ -136,7 +136,7 @@ class RouterSteps:
 
     def is_natural(self, name: str) -> bool:
         """Whether a router is stepped naturally."""
-        return name in self.speed_limits
+        return any(isinstance(stack.rule, NaturalRule) and name in stack.names for stack in self._stacks)
 
     @property
     def speed_limits(self) -> dict[str, float | None]:

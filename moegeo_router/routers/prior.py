@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..geometry import simplex
 from ..geometry.simplex import widen
 
@@ -135,7 +136,9 @@ class ExpertPrior(_FullPrecision):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_choices(where=(where, Where), rule=(rule, Rule), transport=(transport, Transport))
+        check_choice("where", where, get_args(Where))
+        check_choice("rule", rule, get_args(Rule))
+        check_choice("transport", transport, get_args(Transport))
         _check_positive(speed=speed, limit=limit)
         if not MIN_FLOOR <= floor < 1:
             raise ValueError(f"floor must lie in [{MIN_FLOOR}, 1), got {floor}")
@@ -329,12 +332,6 @@ def _load(counts_E: Tensor, like_E: Tensor, group: Any) -> Tensor:
 def _check_experts(name: str, tensor: Tensor, num_experts: int) -> None:
     if tensor.ndim == 0 or tensor.shape[-1] != num_experts:
         raise ValueError(f"{name} must be (..., {num_experts}), got {tuple(tensor.shape)}")
-
-
-def _check_choices(**options: tuple[str, object]) -> None:
-    for name, (value, kind) in options.items():
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
 
 
 def _check_positive(**options: float) -> None:

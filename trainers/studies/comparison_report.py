@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from trainers.studies.comparison import Comparison
-from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
+from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
-from trainers.studies.rows import Row, reasons
+from trainers.studies.rows import Row, by_seed, reasons
 
 
 def write_comparison(study: Comparison, rows: Sequence[Row], path: Path) -> Path:
@@ -38,28 +37,22 @@ def _legend(study: Comparison) -> Iterator[str]:
 
 def _table(study: Comparison, rows: Sequence[Row]) -> Iterator[str]:
     found = {arm: [row for row in rows if row["labels"]["arm"] == arm] for arm in study.arms}
-    reference = _by_seed(found[study.reference], "valid/loss")
+    reference = by_seed(found[study.reference], "valid/loss")
     yield "| arm | loss | difference (pairs) | max violation | dead |"
     yield "|---|---|---|---|---|"
     for arm, own in found.items():
-        losses = _by_seed(own, "valid/loss")
+        losses = by_seed(own, "valid/loss")
         lost = len(own) - len(losses)
         note = f", {lost} without a result" if lost else ""
         if not losses:
             yield f"| {arm} | -{note} | - | - | - |"
             continue
         difference = None if arm == study.reference else paired_difference(losses, reference)
-        paired = "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
         violation = mean_interval([value - 1 for value in _max_loads(own)])
-        dead = _by_seed(own, "train/dead_share")
+        dead = by_seed(own, "train/dead_share")
         share = f"{mean_interval([*dead.values()]).mean:.1%}" if dead else "-"
         loss = with_half_width(mean_interval([*losses.values()]))
-        yield f"| {arm} | {loss}{note} | {paired} | {with_half_width(violation)} | {share} |"
-
-
-def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
-    done = [row for row in rows if row["status"] == "done" and row["results"].get(name) is not None]
-    return {row["seed"]: _number(row["results"], name) for row in done}
+        yield f"| {arm} | {loss}{note} | {with_pairs(difference)} | {with_half_width(violation)} | {share} |"
 
 
 def _max_loads(rows: Sequence[Row]) -> list[float]:
@@ -69,9 +62,5 @@ def _max_loads(rows: Sequence[Row]) -> list[float]:
         results = row["results"] if row["status"] == "done" else {}
         layers = [name for name in results if name.startswith("valid/geometry/layer") and name.endswith("/max_load")]
         if layers:
-            found.append(sum(_number(results, name) for name in layers) / len(layers))
+            found.append(sum(float(results[name]) for name in layers) / len(layers))
     return found
-
-
-def _number(results: Mapping[str, Any], name: str) -> float:
-    return float(results[name])

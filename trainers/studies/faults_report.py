@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 from trainers.studies.faults import HEALTHY
-from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
+from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
-from trainers.studies.rows import Row, reasons
+from trainers.studies.rows import Row, by_seed, reasons
 
 #: Levels of alerts from which on they count as warnings and as critical.
 WARNING, CRITICAL = ("warning", "error"), ("error",)
@@ -62,14 +62,14 @@ def _size(row: Row) -> str:
 
 
 def _losses(rows: Sequence[Row]) -> Iterator[str]:
-    healthy = _values(_of(rows, HEALTHY, "off"), "valid/loss")
+    healthy = by_seed(_of(rows, HEALTHY, "off"), "valid/loss")
     yield "| fault | loss off | harm | loss on | on - off | dead off | dead on | diverged off | diverged on |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for fault in _faults(rows):
         off, on = _of(rows, fault, "off"), _of(rows, fault, "on")
-        losses, acted = _values(off, "valid/loss"), _values(on, "valid/loss")
-        harm = "-" if fault == HEALTHY else _difference(losses, healthy)
-        cells = [fault, _mean(losses), harm, _mean(acted), _difference(acted, losses)]
+        losses, acted = by_seed(off, "valid/loss"), by_seed(on, "valid/loss")
+        harm = "-" if fault == HEALTHY else with_pairs(paired_difference(losses, healthy))
+        cells = [fault, _mean(losses), harm, _mean(acted), with_pairs(paired_difference(acted, losses))]
         yield f"| {' | '.join([*cells, _dead(off), _dead(on), _diverged(off), _diverged(on)])} |"
 
 
@@ -136,22 +136,12 @@ def _of(rows: Sequence[Row], fault: str, controller: str) -> list[Row]:
     return [row for row in rows if row["labels"] | wanted == row["labels"]]
 
 
-def _values(rows: Sequence[Row], name: str) -> dict[int, float]:
-    done = [row for row in rows if row["status"] == "done" and row["results"].get(name) is not None]
-    return {row["seed"]: float(row["results"][name]) for row in done}
-
-
 def _mean(values: Mapping[int, float]) -> str:
     return with_half_width(mean_interval([*values.values()])) if values else "-"
 
 
-def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    difference = paired_difference(ours, theirs)
-    return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
-
-
 def _dead(rows: Sequence[Row]) -> str:
-    shares = _values(rows, "train/dead_share")
+    shares = by_seed(rows, "train/dead_share")
     return f"{mean_interval([*shares.values()]).mean:.1%}" if shares else "-"
 
 

@@ -89,6 +89,11 @@ def paired_difference(
     return mean_interval(differences, confidence) if differences else None
 
 
+def with_pairs(difference: Interval | None) -> str:
+    """Return a paired difference with its sign and number of pairs, "+0.012 ± 0.005 (3)"; "-" where there is none."""
+    return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
+
+
 def with_half_width(interval: Interval, sign: str = "") -> str:
     """Return "1.234 ± 0.005", or the mean alone where one value says nothing of its uncertainty."""
     mean = f"{interval.mean:{sign}.3f}"

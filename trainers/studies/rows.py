@@ -26,6 +26,12 @@ def read_rows(path: Path) -> list[Row]:
     return _read(path)[0] if path.exists() else []
 
 
+def by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
+    """Return a result of the finished runs that have it, by seed."""
+    done = [row for row in rows if row["status"] == "done" and row["results"].get(name) is not None]
+    return {row["seed"]: float(row["results"][name]) for row in done}
+
+
 def _read(path: Path) -> tuple[list[Row], int]:
     """Return the rows and how many bytes they are."""
     rows, size = [], 0
