@@ -52,10 +52,10 @@ class SetPoint:
     at_most: float | None = None
     at_least: float | None = None
     moves: Moves = "balance"
-    gain: float = 0.002
-    proportional: float = 0.05
-    most: float = 0.05
-    rate: float = 0.002
+    gain: float = 0.0005
+    proportional: float = 0.02
+    most: float = 0.01
+    rate: float = 0.0005
 
     def __post_init__(self) -> None:
         where = f"set-point of {self.metric}"
@@ -113,7 +113,7 @@ class ControlConfig:
     setpoints: tuple[SetPoint, ...] = SETPOINTS
     ladders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     every: int = 1
-    patience: int = 40
+    patience: int = 20
     settle: int = 25
     least_gain: float = 0.1
     loss_margin: float = 1.0

@@ -11,7 +11,7 @@ from .plant import Order
 from .policy import Decision, Policy
 from .reading import LayerReading, Reading
 from .setpoints import SetPointControl
-from .signals import Alert, Signals
+from .signals import Alert, LayerSignals, Signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,12 @@ class Turn:
 
     Attributes:
         events: alerts, and what was decided.
-        orders: what is to be applied or taken back now, each with its decision.
+        orders: what is to be applied or taken back now: decisions, each with an order for every layer it is for.
         weights: of the set-points, by layer and what they move; empty unless the controller acts.
     """
 
     events: Sequence[Event] = ()
-    orders: Sequence[tuple[Decision, Order]] = ()
+    orders: Sequence[tuple[Decision, Sequence[Order]]] = ()
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -62,7 +62,7 @@ class Controller:
     """
 
     def __init__(self, config: ControlConfig, mode: Mode, available: Mapping[str, Sequence[str]]) -> None:
-        self.config, self.mode = config, mode
+        self.config, self.mode, self._available = config, mode, available
         self.signals = Signals(config.table())
         self.policy = Policy(config, available)
         self._setpoints = SetPointControl(config.setpoints)
@@ -78,7 +78,7 @@ class Controller:
         events += [_decision_event(decision, taken=self.mode == "act") for decision in decisions]
         if self.mode == "advise":
             return Turn(events=events)
-        orders = [(decision, self._order(decision, reading)) for decision in decisions if decision.name]
+        orders = [(decision, self._orders(decision, reading)) for decision in decisions if decision.name]
         return Turn(events=events, orders=orders, weights=self._weights(reading))
 
     def refuse(self, decision: Decision, reason: str) -> Event:
@@ -105,16 +105,24 @@ class Controller:
         self.policy.load(state["policy"])
         self._setpoints.load(state["setpoints"])
 
-    def _order(self, decision: Decision, reading: Reading) -> Order:
-        layer = self.signals.layers[decision.layer]
+    def _orders(self, decision: Decision, reading: Reading) -> list[Order]:
+        """Return the order for a layer or, against a failure of the whole run, for all where it can be applied."""
+        if decision.layer in self._available:
+            return [self._order(decision, decision.layer, reading)]
+        layers = [name for name, names in self._available.items() if decision.name in names]
+        return [self._order(decision, name, reading) for name in layers]
+
+    def _order(self, decision: Decision, name: str, reading: Reading) -> Order:
+        layer = self.signals.layers.get(name, LayerSignals())
         return Order(
             step=decision.step,
-            layer=decision.layer,
+            layer=name,
             failure=decision.failure,
             strength=decision.strength,
             load=layer.load,
+            values={metric: track.fast.value for metric, track in layer.tracks.items()},
             dead=layer.dead,
-            k=max(1, reading.layers.get(decision.layer, LayerReading(scalars={})).k),
+            k=max(1, reading.layers.get(name, LayerReading(scalars={})).k),
         )
 
     def _weights(self, reading: Reading) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ class MoreRegularization(Intervention):
 
     name, cost = "regularizers", "nothing but the regularizers themselves"
 
-    def __init__(self, balance: float = 0.02, fsi: float = 0.05) -> None:
+    def __init__(self, balance: float = 0.005, fsi: float = 0.01) -> None:
         self._balance, self._fsi = balance, fsi
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
@@ -102,20 +102,24 @@ class PriorStep(Intervention):
 
 
 class Temperature(Intervention):
-    """Softens a router: its logits are divided by τ, which goes back to 1 over the next steps.
+    """Softens a router: its logits are divided by τ; no longer needed, τ goes back to 1 little by little.
 
     A temperature is the common scale of the rows (and the bias): that is what is divided, so nothing is put into the
-    forward pass. A cosine router has a temperature of its own.
+    forward pass. A cosine router has a temperature of its own. As under a division in the forward pass, an optimizer's
+    step of some length then changes the logits τ times less: without that, the rate that has made them large would do
+    so again. Natural steps are measured in what they change, and stay as they are.
 
     Args:
-        factor: τ.
+        scale: τ is such that ``logit_scale``, where it is known, comes down to this,
+        least: at least,
+        most: and at most.
         anneal: steps over which it goes back.
     """
 
     name, cost = "temperature", "routing is less decided for a while"
 
-    def __init__(self, factor: float = 2.0, anneal: int = 100) -> None:
-        self._factor, self._anneal = factor, anneal
+    def __init__(self, scale: float = 5.0, least: float = 2.0, most: float = 16.0, anneal: int = 100) -> None:
+        self._scale, self._least, self._most, self._anneal = scale, least, most, anneal
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
@@ -125,22 +129,31 @@ class Temperature(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Divide the logits by τ."""
-        _soften(plant, order.layer, self._factor)
-        memory = {"log_factor": math.log(self._factor), "left": self._anneal}
-        return Applied(done=True, detail={"factor": self._factor, "anneal": self._anneal}, memory=memory)
+        factor = min(max(order.values.get("logit_scale", 0.0) / self._scale, self._least), self._most)
+        self._soften(plant, order.layer, math.log(factor))
+        return Applied(done=True, detail={"factor": factor}, memory={"log_factor": math.log(factor)})
 
-    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Go one step of the way back."""
-        left = int(memory["left"])
-        if not left:
+    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Go one step of the way back, if it is on it."""
+        left, rest = memory.get("left"), memory["log_factor"]
+        if left is None:
             return memory
-        part = float(memory["log_factor"]) / left
-        _soften(plant, layer, math.exp(-part))
-        return {"log_factor": memory["log_factor"] - part, "left": left - 1}
+        self._soften(plant, layer, -rest / left)
+        return {"log_factor": rest - rest / left, "left": left - 1} if left > 1 else None
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Go the rest of the way back."""
-        _soften(plant, layer, math.exp(-float(memory["log_factor"])))
+        """Go the whole way back."""
+        self._soften(plant, layer, -memory["log_factor"])
+
+    def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Begin the way back."""
+        return {**memory, "left": self._anneal}
+
+    def _soften(self, plant: Plant, layer: str, log_factor: float) -> None:
+        """Divide the logits by ``exp`` of this, and the speed with them."""
+        _divide(plant, layer, math.exp(log_factor))
+        if not plant.is_natural(layer):
+            plant.set_speed(layer, self.name, plant.speed_of(layer, self.name) * math.exp(-log_factor))
 
 
 class SlowDown(Intervention):
@@ -150,15 +163,15 @@ class SlowDown(Intervention):
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
-        if plant.steps is None or not plant.steps.is_natural(layer):
+        if plant.steps is None or not plant.is_natural(layer):
             return "not stepped naturally"
         return None if plant.steps.speed_limits[layer] is not None else "there is no speed limit to lower"
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Halve it, again if it was ordered before."""
-        factor = plant.speed_factors.get(order.layer, {}).get(self.name, 1.0)
-        plant.set_speed(order.layer, self.name, factor / 2)
-        return Applied(done=True, detail={"factor": factor / 2}, memory={"before": factor})
+        before = plant.speed_of(order.layer, self.name)
+        plant.set_speed(order.layer, self.name, before / 2)
+        return Applied(done=True, detail={"factor": before / 2}, memory={"before": before})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Put it back."""
@@ -174,21 +187,19 @@ class CutRate(Intervention):
         """Return why not."""
         if plant.damper is None:
             return "no optimizer was given to attach"
-        if plant.steps is not None and plant.steps.is_natural(layer):
+        if plant.is_natural(layer):
             return "stepped naturally: the speed limit is lowered instead"
         return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Quarter it, again if it was ordered before."""
-        assert plant.damper is not None
-        before = plant.damper.factors.get(order.layer, 1.0)
-        plant.damper.set_factor(order.layer, before / 4)
+        before = plant.speed_of(order.layer, self.name)
+        plant.set_speed(order.layer, self.name, before / 4)
         return Applied(done=True, detail={"factor": before / 4}, memory={"before": before})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Put it back."""
-        assert plant.damper is not None
-        plant.damper.set_factor(layer, float(memory["before"]))
+        plant.set_speed(layer, self.name, float(memory["before"]))
 
 
 def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
@@ -215,7 +226,7 @@ def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | GeometricRouter | 
 
 
 @torch.no_grad()
-def _soften(plant: Plant, layer: str, factor: float) -> None:
+def _divide(plant: Plant, layer: str, factor: float) -> None:
     scaled = _scaled(plant, layer)
     if isinstance(scaled, GeometricRouter):
         scaled.set_temperature(scaled.temperature * factor)

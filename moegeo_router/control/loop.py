@@ -36,12 +36,23 @@ _LOG = logging.getLogger("moegeo_router")
 
 @dataclass
 class Standing:
-    """An intervention in force, and what undoing it needs."""
+    """An intervention in force.
+
+    Attributes:
+        layer: in which.
+        cause: the layer it was decided for: that one, or the whole run.
+        failure: against what.
+        name: the intervention's.
+        memory: what undoing it needs.
+        released: whether it is on its way back, of which no decision follows.
+    """
 
     layer: str
+    cause: str
     failure: str
     name: str
     memory: Mapping[str, Any]
+    released: bool = False
 
 
 class ControlLoop:
@@ -134,7 +145,8 @@ class ControlLoop:
         if self._plant.damper is not None:
             self._plant.damper.finish()
         for standing in self._standing:
-            standing.memory = self._known[standing.name].advance(self._plant, standing.layer, standing.memory)
+            memory = self._known[standing.name].advance(self._plant, standing.layer, standing.memory)
+            self._set_memory(standing, memory)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -167,11 +179,11 @@ class ControlLoop:
         turn = self.controller.update(reading)
         details: dict[tuple[str, str], dict[str, Any]] = {}
         refusals: list[Event] = []
-        for decision, order in turn.orders:
+        for decision, orders in turn.orders:
             if decision.kind == "apply":
-                details[decision.layer, decision.name], refused = self._apply(decision, order)
+                details[decision.layer, decision.name], refused = self._apply(decision, orders)
                 refusals += refused
-            else:
+            elif decision.kind in ("undo", "release"):
                 self._undo(decision)
         for event in turn.events:
             applied = event.detail.get("kind") == "apply"
@@ -245,22 +257,36 @@ class ControlLoop:
         self._look()
 
     def _undo(self, decision: Decision) -> None:
-        if decision.kind in ("undo", "release"):
-            # The newest first: each goes back to what it found.
-            for standing in [s for s in reversed(self._standing) if self._is_of(s, decision)]:
-                self._known[standing.name].undo(self._plant, standing.layer, standing.memory)
-                self._standing.remove(standing)
+        """Take back the newest of its kind, in every layer; each goes back to what it found."""
+        newest = {standing.layer: standing for standing in self._standing if _is_of(standing, decision)}
+        for standing in newest.values():
+            intervention, memory = self._known[standing.name], None
+            standing.released = True
+            if decision.kind == "release":
+                memory = intervention.release(self._plant, standing.layer, standing.memory)
+            else:
+                intervention.undo(self._plant, standing.layer, standing.memory)
+            self._set_memory(standing, memory)
 
-    def _apply(self, decision: Decision, order: Order) -> tuple[dict[str, Any], list[Event]]:
-        """Carry out an order; return what was done, by layer, and an event where it could not be."""
-        intervention, done = self._known[decision.name], dict[str, Any]()
-        for layer in self._layers(order.layer, decision.name):
-            applied = intervention.apply(self._plant, replace(order, layer=layer))
+    def _set_memory(self, standing: Standing, memory: Mapping[str, Any] | None) -> None:
+        if memory is None:
+            self._standing = [other for other in self._standing if other is not standing]
+        else:
+            standing.memory = memory
+
+    def _apply(self, decision: Decision, orders: Sequence[Order]) -> tuple[dict[str, Any], list[Event]]:
+        """Carry out orders; return what was done, by layer, and an event where nothing could be."""
+        intervention, done, reasons = self._known[decision.name], dict[str, Any](), []
+        for order in orders:
+            applied = intervention.apply(self._plant, order)
             if not applied.done:
-                return done, [self.controller.refuse(decision, str(applied.detail.get("reason", "nothing to do")))]
-            done[layer] = dict(applied.detail)
-            self._standing.append(Standing(layer, decision.failure, decision.name, applied.memory))
-        return done, []
+                reasons.append(str(applied.detail.get("reason", "nothing to do")))
+                continue
+            done[order.layer] = dict(applied.detail)
+            self._standing.append(
+                Standing(order.layer, decision.layer, decision.failure, decision.name, applied.memory)
+            )
+        return done, [] if done else [self.controller.refuse(decision, reasons[0] if reasons else "no layer allows it")]
 
     def _keep(self, reading: Reading) -> None:
         """Take a snapshot of a healthy state, now and then."""
@@ -276,18 +302,10 @@ class ControlLoop:
             wanted = signals is not None and signals.dead and self._looking.intersection(self.available[layer])
             (probe.on if wanted else probe.off)()
 
-    def _layers(self, layer: str, name: str) -> list[str]:
-        """Return the layers an order is for: of the run, all that can be."""
-        return [layer] if layer in self.available else [n for n, names in self.available.items() if name in names]
-
-    def _is_of(self, standing: Standing, decision: Decision) -> bool:
-        same = standing.name == decision.name and standing.failure == decision.failure
-        return same and standing.layer in self._layers(decision.layer, decision.name)
-
     def _move(self, weights: Mapping[str, Mapping[str, float]]) -> None:
         for layer, moved in weights.items():
             speed = moved.get("speed", 0.0)
-            if speed or "set-point" in self._plant.speed_factors.get(layer, {}):
+            if math.exp(-speed) != self._plant.speed_of(layer, "set-point"):
                 self._plant.set_speed(layer, "set-point", math.exp(-speed))
             regularizers = {name: weight for name, weight in moved.items() if name != "speed" and weight}
             self._plant.regularization.add_weights(layer, "set-point", regularizers)
@@ -300,6 +318,11 @@ class ControlLoop:
             _LOG.log(
                 logging.WARNING if event.level == "warning" else logging.ERROR, "step %d: %s", event.step, event.line
             )
+
+
+def _is_of(standing: Standing, decision: Decision) -> bool:
+    same = (standing.cause, standing.failure, standing.name) == (decision.layer, decision.failure, decision.name)
+    return same and not standing.released
 
 
 def _availability(

@@ -34,7 +34,7 @@ class Plant:
         regularization: the regularizers.
         probes: what was last seen of each layer, for those that an intervention asked to look at.
         damper: brakes routers that are not stepped naturally; None without an optimizer.
-        speed_factors: factors on the speed limits by layer, and by who set them.
+        speed_factors: factors on the routers' speed by layer, and by who set them.
         scores: the routers' score function.
         group: the data-parallel process group.
     """
@@ -50,35 +50,51 @@ class Plant:
     speed_factors: dict[str, dict[str, float]] = field(default_factory=dict)
     scores: ScoreFunction = "softmax"
     group: Any = None
-    _limits: dict[str, float] = field(default_factory=dict)
+    _limits: dict[str, float | None] = field(default_factory=dict)
 
     def frozen(self, layer: str) -> str | None:
         """Return why a router cannot be moved, None if it can."""
         return None if self.sites[layer].weight.requires_grad else "the router is frozen"
 
+    def is_natural(self, layer: str) -> bool:
+        """Whether a router is stepped naturally, so that its speed is limited in radians."""
+        return self.steps is not None and self.steps.is_natural(layer)
+
+    def speed_of(self, layer: str, owner: str) -> float:
+        """Return the factor that someone set; 1 where nobody did."""
+        return self.speed_factors.get(layer, {}).get(owner, 1.0)
+
     def set_speed(self, layer: str, owner: str, factor: float) -> None:
-        """Multiply the speed limit of a router's natural steps; where there is none, nothing is done."""
-        if self.steps is None or not self.steps.is_natural(layer):
-            return
-        limit = self._limits.get(layer, self.steps.speed_limits[layer])
-        if limit is None:
-            return
-        self._limits[layer] = limit
-        self.speed_factors.setdefault(layer, {})[owner] = factor
-        self.steps.limit_speed({layer: limit * math.prod(self.speed_factors[layer].values())})
+        """Multiply a router's speed: the limit of its natural steps, else its learning rate.
+
+        Where there is neither a limit nor an optimizer to brake, nothing is done.
+        """
+        owners = self.speed_factors.setdefault(layer, {})
+        owners.pop(owner, None)
+        if not math.isclose(factor, 1.0, rel_tol=1e-9):  # what was divided and multiplied again ends
+            owners[owner] = factor
+        self._brake(layer)
 
     def brakes(self) -> dict[str, Any]:
         """Return factors and limits as they were found, plain numbers, for ``state_dict``."""
         factors = {layer: dict(owners) for layer, owners in self.speed_factors.items()}
-        damped = {} if self.damper is None else dict(self.damper.factors)
-        return {"limits": dict(self._limits), "factors": factors, "damped": damped}
+        return {"limits": dict(self._limits), "factors": factors}
 
     def set_brakes(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``brakes()``; the limits themselves are in the state of the steps."""
+        """Continue from ``brakes()``."""
         self._limits = dict(state["limits"])
         self.speed_factors = {layer: dict(owners) for layer, owners in state["factors"].items()}
-        if self.damper is not None:
-            self.damper.factors = dict(state["damped"])
+        for layer in self.speed_factors:
+            self._brake(layer)
+
+    def _brake(self, layer: str) -> None:
+        factor = math.prod(self.speed_factors[layer].values())
+        if self.steps is not None and self.steps.is_natural(layer):
+            limit = self._limits.setdefault(layer, self.steps.speed_limits[layer])
+            if limit is not None:
+                self.steps.limit_speed({layer: limit * factor})
+        elif self.damper is not None:
+            self.damper.set_factor(layer, factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +107,7 @@ class Order:
         failure: the failure mode it is against.
         strength: 1, or more if it was ordered before and did not suffice.
         load: (E,) the experts' smoothed load shares.
+        values: smoothed values of the layer's metrics.
         dead: the experts that are dead, by number.
         k: experts chosen per token.
     """
@@ -100,6 +117,7 @@ class Order:
     failure: str
     strength: int = 1
     load: tuple[float, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
     dead: tuple[int, ...] = ()
     k: int = 1
 
@@ -140,9 +158,14 @@ class Intervention:
         """Do it. All ranks call it together, with the same order."""
         raise NotImplementedError
 
-    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Go on with it, after every step while it stands; return what ``undo`` needs from now on."""
+    def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Go on with it, after every step while it stands; return what ``undo`` needs from now on, None at its end."""
         return memory
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Take it back, as far as what happened since allows."""
+
+    def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Take it back because it is no longer needed: at once, or little by little in ``advance``; return as there."""
+        self.undo(plant, layer, memory)
+        return None

@@ -1,7 +1,8 @@
 """What to do, when, and whether it helped. Pure functions of signals and state: the same on every rank and in a replay.
 
-One case at a time in a layer: an intervention is ordered, judged after ``settle`` steps, kept if it helped, else taken
-back, and the next rung of the ladder follows. A budget ends this: better a clear report than a loop that oscillates.
+One case at a time in a layer: an intervention is ordered and judged after ``settle`` steps. If it helped it stands, and
+is ordered again if it did not suffice; else it is taken back, and the next rung of the ladder follows. A budget ends
+this: better a clear report than a loop that oscillates.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from .thresholds import FAILURES
 from .track import WARNING
 
 #: Judgements "helping, not yet well" in a row after which a case is closed as not sufficient.
-EXTENSIONS = 3
+EXTENSIONS = 1
+
+#: An intervention that helped and did not suffice is ordered this often before the next rung.
+REPEATS = 3
+
+#: A signal that was getting worse is expected to have got worse by at most this, from its release to critical being 1.
+MOST_EXPECTED = 1.0
 
 #: Interventions that make sense only where experts are dead.
 NEEDS_DEAD = ("revive",)
@@ -25,14 +32,28 @@ NEEDS_DEAD = ("revive",)
 
 @dataclass
 class Case:
-    """An intervention that waits for its judgement."""
+    """An intervention that waits for its judgement.
+
+    Attributes:
+        layer: whose.
+        failure: against what.
+        name: the intervention's.
+        step: since when.
+        badness: of the signal, then.
+        trend: of the badness, then.
+        loss: then.
+        strength: how often it was ordered.
+        extensions: how often the judgement was put off.
+    """
 
     layer: str
     failure: str
     name: str
     step: int
     badness: float
+    trend: float
     loss: float
+    strength: int = 1
     extensions: int = 0
 
 
@@ -106,9 +127,10 @@ class Policy:
         return decisions
 
     def refuse(self, decision: Decision, reason: str) -> None:
-        """Take note that an order could not be carried out: it is not judged, and the next rung follows."""
+        """Take note that an order could not be carried out: it costs nothing, and the next rung follows."""
         self._cases.pop(decision.layer, None)
         record = self._record(decision.layer)
+        record.spent, self._spent = record.spent - 1, self._spent - 1
         record.standing = [entry for entry in record.standing if entry != [decision.name, decision.failure]]
         record.tried.setdefault(decision.failure, []).append(f"{decision.name}: not done ({reason})")
 
@@ -168,9 +190,9 @@ class Policy:
         record.rungs[failure] = rung + 1
         record.spent, self._spent = record.spent + 1, self._spent + 1
         record.standing.append([name, failure])
-        badness, (loss, _) = signals.badness(layer, failure), signals.loss
-        self._cases[layer] = Case(layer, failure, name, step, badness, loss)
-        strength = 1 + sum(entry.startswith(f"{name}:") for entry in record.tried.get(failure, []))
+        badness, trend, (loss, _) = signals.badness(layer, failure), signals.trend(layer, failure), signals.loss
+        strength = 1 + sum(entry.startswith(f"{name}: helped") for entry in record.tried.get(failure, []))
+        self._cases[layer] = Case(layer, failure, name, step, badness, trend, loss, strength)
         line = f"{name} against {failure} in {layer}: {_numbers(signals, layer, failure)}"
         return Decision(kind="apply", step=step, layer=layer, failure=failure, name=name, strength=strength, line=line)
 
@@ -183,11 +205,14 @@ class Policy:
 
     def _judge(self, layer: str, step: int, signals: Signals) -> list[Decision]:
         case, config = self._cases[layer], self._config
-        if step - case.step < config.settle * (case.extensions + 1):
+        passed = step - case.step
+        if passed < config.settle * (case.extensions + 1):
             return []
         badness, (loss, noise) = signals.badness(layer, case.failure), signals.loss
         well = signals.severity(layer, case.failure) < WARNING
-        better = case.badness - badness >= config.least_gain
+        # A brake stops what gets worse and makes nothing better by itself: it is held against where things were going.
+        expected = case.badness + min(case.trend * passed, MOST_EXPECTED)
+        better = expected - badness >= config.least_gain
         # What is not known (no loss was told) is no objection.
         costly = loss - case.loss > config.loss_margin * noise
         numbers = f"{_numbers(signals, layer, case.failure) or 'well'}; loss {case.loss:.4g} -> {loss:.4g}"
@@ -195,6 +220,9 @@ class Policy:
             if not well and case.extensions < EXTENSIONS:
                 case.extensions += 1
                 return []
+            if not well and case.strength < REPEATS:
+                record = self._record(layer)
+                record.rungs[case.failure] = self._ladder(layer, case.failure).index(case.name)
             return [self._close(case, step, "keep", "helped" if well else "helped, did not suffice", numbers)]
         why = "loss above its forecast" if costly else "did not help"
         return [self._close(case, step, "undo", why, numbers)]
@@ -209,7 +237,7 @@ class Policy:
         return Decision(kind=kind, step=step, layer=case.layer, failure=case.failure, name=case.name, line=line)
 
     def _release(self, step: int) -> list[Decision]:
-        """Take back the newest standing intervention of every layer, and begin ladders anew where none stands."""
+        """Take back the newest standing intervention of every layer; where none stands, all may be tried anew."""
         decisions = []
         for layer, record in self._records.items():
             if record.standing:
@@ -220,6 +248,7 @@ class Policy:
                 )
             else:
                 record.rungs.clear()
+                record.given_up.clear()
         return decisions
 
 

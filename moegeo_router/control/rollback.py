@@ -162,29 +162,15 @@ class Rollback(Intervention):
         if not is_back:
             memory["before"] = self._snapshots.now(order.step, [order.layer])
             self._snapshots.put_back(state, [order.layer])
-        what, memory["factor"] = self._speed(plant, order.layer)
-        self._set_speed(plant, order.layer, memory["factor"] / 2)
-        return Applied(done=True, detail={"snapshot_of": state["step"], "slowed": what}, memory=memory)
+        memory["factor"] = plant.speed_of(order.layer, self.name)
+        plant.set_speed(order.layer, self.name, memory["factor"] / 2)
+        return Applied(done=True, detail={"snapshot_of": state["step"], "speed": memory["factor"] / 2}, memory=memory)
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Bring back what was there before."""
         if "before" in memory:
             self._snapshots.put_back(memory["before"], [layer])
-        self._set_speed(plant, layer, memory["factor"])
-
-    def _speed(self, plant: Plant, layer: str) -> tuple[str, float]:
-        """Return what slows a router down, and its factor now."""
-        if plant.steps is not None and plant.steps.is_natural(layer):
-            return "speed limit", plant.speed_factors.get(layer, {}).get(self.name, 1.0)
-        if plant.damper is None:
-            return "nothing", 1.0
-        return "learning rate", plant.damper.factors.get(layer, 1.0)
-
-    def _set_speed(self, plant: Plant, layer: str, factor: float) -> None:
-        if plant.steps is not None and plant.steps.is_natural(layer):
-            plant.set_speed(layer, self.name, factor)
-        elif plant.damper is not None:
-            plant.damper.set_factor(layer, factor)
+        plant.set_speed(layer, self.name, memory["factor"])
 
 
 def _copied(value: Any) -> Any:

@@ -143,13 +143,23 @@ class Signals:
 
     def badness(self, layer: str, failure: str) -> float:
         """Return how far the worst metric of a failure mode is from its release, in units of release to critical."""
-        found = [0.0]
+        return max(self._badness(layer, failure), default=(0.0, 0.0))[0]
+
+    def trend(self, layer: str, failure: str) -> float:
+        """Return by how much the badness grows a step, if it goes on; 0 where it falls or is not followed."""
+        return max(self._badness(layer, failure), default=(0.0, 0.0))[1]
+
+    def _badness(self, layer: str, failure: str) -> list[tuple[float, float]]:
+        """Return badness, at least 0, and trend of every metric."""
+        found = []
         for metric, track in self._of_failure(layer, failure).items():
             row = self._table[metric]
             width = max(abs(row.critical - row.release), 1e-9)
             if math.isfinite(track.fast.value):
-                found.append(row.sign * (track.fast.value - row.release) / width)
-        return max(found)
+                badness = row.sign * (track.fast.value - row.release) / width
+                slope = track.slope(row) / width if row.trend else 0.0
+                found.append((max(0.0, badness), max(0.0, slope)))
+        return found
 
     def worst(self, layer: str, failure: str) -> dict[str, float]:
         """Return the smoothed values of a failure mode's metrics that are at least warnings."""
