@@ -248,6 +248,8 @@ class Geometry:
         (reduced, numbers), before = newest, self._watch.window.previous
         fresh = None if self._control is None else self._control.scalars
         scalars = self._scalars(reduced, before, numbers) if fresh is None else fresh
+        own = {} if self._control is None else self._control.own.newest
+        scalars = {name: found | own.get(name, {}) for name, found in scalars.items()}
         experts = None
         if self.config.per_expert:
             experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}

@@ -87,7 +87,7 @@ class ControlConfig:
 
     Attributes:
         thresholds: changes to the table, by metric: ``{"fhs": {"warning": 1.5}}``.
-        more_thresholds: rows of metrics of one's own.
+        more_thresholds: rows of further metrics; those of ``GeometryConfig(signals=...)`` join them by themselves.
         setpoints: what is held by the continuous control; no two move the same weight.
         ladders: changes to the ladders, by failure mode; an empty one: alerts only.
         every: the controller reads every so many steps.
@@ -105,7 +105,8 @@ class ControlConfig:
         guard: a step with a gradient that is not finite is not taken.
 
     Raises:
-        ValueError: unknown names, numbers out of range, or set-points that contradict each other.
+        ValueError: unknown names, numbers out of range, or set-points that contradict each other. The names of metrics
+            are checked where all are known, by ``table()``, which ``GeometryConfig`` calls.
     """
 
     thresholds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -133,12 +134,19 @@ class ControlConfig:
         check_choice("control.snapshot_scope", self.snapshot_scope, get_args(Scope))
         if unknown := set(self.ladders) - set(FAILURES):
             raise ValueError(f"control.ladders: no failure {sorted(unknown)}; there are {', '.join(FAILURES)}")
-        metrics = {row.metric for row in self.table()}
-        _check_setpoints(self.setpoints, metrics)
+        _check_setpoints(self.setpoints)
 
     def table(self) -> tuple[Threshold, ...]:
-        """Return the thresholds in force."""
-        return thresholds_with(self.thresholds, self.more_thresholds)
+        """Return the thresholds in force.
+
+        Raises:
+            ValueError: a threshold or a set-point of a metric that is not in the table, or two rows of one.
+        """
+        rows = thresholds_with(self.thresholds, self.more_thresholds)
+        known = sorted(row.metric for row in rows)
+        if unknown := [point.metric for point in self.setpoints if point.metric not in known]:
+            raise ValueError(f"control.setpoints: no metric {unknown[0]!r} in the table; there are {known}")
+        return rows
 
     def ladder(self, failure: str) -> tuple[str, ...]:
         """Return the interventions against a failure mode, the gentlest first."""
@@ -181,12 +189,10 @@ _LEAST = {
 }
 
 
-def _check_setpoints(setpoints: tuple[SetPoint, ...], metrics: set[str]) -> None:
+def _check_setpoints(setpoints: tuple[SetPoint, ...]) -> None:
     moved: dict[str, SetPoint] = {}
     held: dict[str, SetPoint] = {}
     for point in setpoints:
-        if point.metric not in metrics:
-            raise ValueError(f"control.setpoints: no metric {point.metric!r} in the table; there are {sorted(metrics)}")
         if point.moves in moved:
             names = f"{moved[point.moves].metric} and {point.metric}"
             raise ValueError(f"control.setpoints contradict each other: {names} both move {point.moves!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from .reading import RUN, LayerReading, Reading
@@ -122,6 +123,8 @@ class Signals:
     def update(self, reading: Reading) -> list[Alert]:
         """Take in one step's reading; return what went to another level."""
         alerts = []
+        for layer_signals, metric in product(self.layers.values(), reading.lost):
+            layer_signals.tracks.pop(metric, None)  # an alarm that nobody can call off would be acted on for ever
         for name, layer in reading.layers.items():
             signals = self._layer(name)
             alerts += self._judge(name, signals.values(layer), reading.step)
