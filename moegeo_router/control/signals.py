@@ -235,6 +235,8 @@ def _alert(step: int, layer: str, row: Threshold, track: Track) -> Alert:
         what = (
             f"{name} drifts towards {bound:g}, by {track.slope(row) * row.sign:+.2g} a step (CUSUM {track.cusum:.1f})"
         )
+    elif row.sign * value < row.sign * bound:  # from critical, but not yet where a warning ends
+        what = f"{name} is no longer critical (bound {row.critical:g}), and well from {row.release:g} on"
     else:
         what = f"{name} is {'above' if row.sign > 0 else 'below'} {bound:g}"
     over = f", average over {row.smoothing} steps" if row.smoothing > 1 else ""
