@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from ..checks import check_choice, check_not_negative, check_whole
@@ -157,21 +157,20 @@ class ControlConfig:
         return asdict(self)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Any]) -> ControlConfig:
+    def of_fields(cls, given: Mapping[str, Any]) -> ControlConfig:
         """Return the configuration that ``to_fields`` was called on; keys that are missing keep their defaults.
 
         Raises:
-            ValueError: an unknown key.
+            ValueError: an unknown key, here or in a row, or one that a row lacks.
         """
-        values = dict(fields)
+        values = dict(given)
         if unknown := set(values) - set(cls.__dataclass_fields__):
             raise ValueError(
                 f"control has no {', '.join(sorted(unknown))}; there are {sorted(cls.__dataclass_fields__)}"
             )
-        if "setpoints" in values:
-            values["setpoints"] = tuple(SetPoint(**row) for row in values["setpoints"])
-        if "more_thresholds" in values:
-            values["more_thresholds"] = tuple(Threshold(**row) for row in values["more_thresholds"])
+        for name, kind in (("setpoints", SetPoint), ("more_thresholds", Threshold)):
+            if name in values:
+                values[name] = tuple(_row(kind, f"control.{name}", row) for row in values[name])
         if "ladders" in values:
             values["ladders"] = {failure: tuple(ladder) for failure, ladder in values["ladders"].items()}
         return cls(**values)
@@ -187,6 +186,15 @@ _LEAST = {
     "snapshot_every": 0,
     "snapshots": 1,
 }
+
+
+def _row(kind: type[SetPoint | Threshold], where: str, row: Mapping[str, Any]) -> SetPoint | Threshold:
+    known = {one.name: one.default is MISSING for one in fields(kind)}
+    if unknown := sorted(set(row) - set(known)):
+        raise ValueError(f"{where}: no field {', '.join(unknown)}; there are {', '.join(known)}")
+    if missing := sorted(name for name, needed in known.items() if needed and name not in row):
+        raise ValueError(f"{where}: {row} lacks {', '.join(missing)}")
+    return kind(**row)
 
 
 def _check_setpoints(setpoints: tuple[SetPoint, ...]) -> None:
