@@ -16,6 +16,7 @@ from . import geometry
 from .attach import Geometry, attach
 from .config import GeometryConfig, NaturalConfig
 from .control.config import ControlConfig, SetPoint
+from .control.own_signals import LayerStep, Signal
 from .control.plant import Applied, Intervention, Order, Plant
 from .control.thresholds import Threshold
 from .geometry import fisher_rao_distance
@@ -61,6 +62,7 @@ __all__ = [
     "Geometry",
     "GeometryConfig",
     "Intervention",
+    "LayerStep",
     "NaturalConfig",
     "NaturalGradient",
     "Order",
@@ -70,6 +72,7 @@ __all__ = [
     "RouterSite",
     "SetPoint",
     "SignBias",
+    "Signal",
     "Threshold",
     "__version__",
     "attach",

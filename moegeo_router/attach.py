@@ -248,6 +248,8 @@ class Geometry:
         (reduced, numbers), before = newest, self._watch.window.previous
         fresh = None if self._control is None else self._control.scalars
         scalars = self._scalars(reduced, before, numbers) if fresh is None else fresh
+        own = {} if self._control is None else self._control.own.newest
+        scalars = {name: found | own.get(name, {}) for name, found in scalars.items()}
         experts = None
         if self.config.per_expert:
             experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}
@@ -330,10 +332,13 @@ class Geometry:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, between two optimizer steps: plain tensors and numbers."""
         reduced = {} if self._reduced is None else self._reduced.layers
+        self._watch.window.newest(wait=True)
+        before = self._watch.window.previous  # on an accelerator, what the controller reads next is against these
         return {
             "format": FORMAT,
             "experts": {name: layer.num_experts for name, layer in reduced.items()},
             "sums": None if self._reduced is None else self._reduced.flat().cpu(),
+            "before": None if before is None else before.flat().cpu(),
             "sensitivities": {n: c.cpu() for n, c in self._regularization.sensitivities().items()},
             "routers": {} if self._steps is None else self._steps.state_dict(),
             "numbers": {name: values.cpu() for name, values in self._numbers.items()},
@@ -367,6 +372,9 @@ class Geometry:
                 raise ValueError(f"geometry's state was saved with another num_domains than {self.config.num_domains}")
             window.experts |= experts
             self._reduced = empty.unflat(state["sums"])
+            if (before := state.get("before")) is not None and len(before) == len(state["sums"]):
+                window.post(empty.unflat(before), {})
+                window.newest(wait=True)
             values = self._regularization.restore(self._reduced, dict(state["sensitivities"]))
             self._numbers = dict(state.get("numbers", {})) | {"regularizers": values}
             window.post(self._reduced, self._numbers)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from .checks import check_choice, check_not_negative, check_whole
 from .control.config import ControlConfig, Mode
+from .control.own_signals import Signal, with_rows
 from .losses import Regularizers
 from .observe.fisher import Estimator, GatesScale, LossScale
 from .routers.find import Select
@@ -98,7 +99,8 @@ class GeometryConfig:
         controller: ``"observe"``: alerts when a metric of the table goes wrong; ``"advise"``: also what it would do
             about it; ``"act"``: and does it. None: no controller. It never changes which step the routers have.
         control: thresholds, set-points, ladders and budgets of the controller.
-        interventions: of one's own (``control.plant.Intervention``), for the ladders.
+        signals: of one's own (``Signal``): further metrics that the controller watches.
+        interventions: of one's own (``Intervention``), for the ladders.
         per_layer: ``metrics()`` also has every layer's scalars.
         per_expert: ``metrics()`` also has the load share, the share of the traces and p̄ of every expert.
         pictures_every: ``log_pictures`` writes at every so many steps; 0: never.
@@ -128,6 +130,7 @@ class GeometryConfig:
     natural: NaturalConfig = field(default_factory=NaturalConfig)
     controller: Mode | None = "observe"
     control: ControlConfig = field(default_factory=ControlConfig)
+    signals: tuple[Signal, ...] = ()
     interventions: tuple[Any, ...] = ()
     per_layer: bool = False
     per_expert: bool = False
@@ -154,6 +157,9 @@ class GeometryConfig:
             raise ValueError(f"natural must be a NaturalConfig(...), got {self.natural!r:.80}")
         if not isinstance(self.control, ControlConfig):
             raise ValueError(f"control must be a ControlConfig(...), got {self.control!r:.80}")
+        with_rows(self.control, self.signals).table()
+        if self.signals and self.controller is None:
+            raise ValueError("signals are for the controller: take another one than controller=None")
         if self.accumulation > 1 and not self.inject:
             raise ValueError("accumulation is for injected gradients (inject=True): loss() is divided with your loss")
         if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":

@@ -285,3 +285,7 @@ def test_the_velocity_is_from_step_to_step_and_state_is_of_the_last():
     assert found[2]["geometry/fsi_velocity"] == pytest.approx(0, abs=1e-6)
     assert geometry.metrics() == found[2]  # asked for again, the same
     assert float(geometry.state_dict()["sums"][0]) == 6 * L
+    resumed = build()
+    resumed_geometry = mg.attach(resumed, torch.optim.SGD(resumed.parameters(), lr=0.0), config)
+    resumed_geometry.load_state_dict(geometry.state_dict())
+    assert resumed_geometry.metrics() == found[2], "the velocity, too"

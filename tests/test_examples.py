@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moegeo_router import replay
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("replace_linear_router.py", "exported: Parameter in a plain Linear"),
         ("log_geometry_to_wandb.py", "wandb leet"),
+        ("own_signal_and_intervention.py", "turn_apart in gate helped: well"),
     ],
 )
 def test_example_runs(example, shows, tmp_path):
@@ -23,3 +26,5 @@ def test_example_runs(example, shows, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert shows in done.stdout
+    for log in tmp_path.glob("runs/own_signal*/metrics.jsonl"):
+        assert replay.main([str(log)]) == 0

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
+import moegeo_router as mg
 from moegeo_router.loggers import JSONLLogger, Logger, MultiLogger, TensorBoardLogger, WandbLogger
 from trainers.data.base import Data, LanguageData, VisionData
 from trainers.faults import Fault
@@ -105,6 +106,17 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
 def build_fault(config: DictConfig) -> Fault | None:
     """Return the fault of ``config.fault``, None without one."""
     return build(config, "fault") if config.get("fault") else None  # as with the prior
+
+
+def control(**fields: Any) -> mg.ControlConfig:
+    """Return the controller's configuration; what is null is as by default, rows and set-points are dicts.
+
+    (An empty dict in YAML could not be replaced on the command line.)
+
+    Raises:
+        ValueError: an unknown key, or as in ``ControlConfig``, ``Threshold`` and ``SetPoint``.
+    """
+    return mg.ControlConfig.of_fields({name: value for name, value in fields.items() if value is not None})
 
 
 def build_logger(

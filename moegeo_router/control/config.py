@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from ..checks import check_choice, check_not_negative, check_whole
@@ -87,7 +87,7 @@ class ControlConfig:
 
     Attributes:
         thresholds: changes to the table, by metric: ``{"fhs": {"warning": 1.5}}``.
-        more_thresholds: rows of metrics of one's own.
+        more_thresholds: rows of further metrics; those of ``GeometryConfig(signals=...)`` join them by themselves.
         setpoints: what is held by the continuous control; no two move the same weight.
         ladders: changes to the ladders, by failure mode; an empty one: alerts only.
         every: the controller reads every so many steps.
@@ -105,7 +105,8 @@ class ControlConfig:
         guard: a step with a gradient that is not finite is not taken.
 
     Raises:
-        ValueError: unknown names, numbers out of range, or set-points that contradict each other.
+        ValueError: unknown names, numbers out of range, or set-points that contradict each other. The names of metrics
+            are checked where all are known, by ``table()``, which ``GeometryConfig`` calls.
     """
 
     thresholds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -133,12 +134,19 @@ class ControlConfig:
         check_choice("control.snapshot_scope", self.snapshot_scope, get_args(Scope))
         if unknown := set(self.ladders) - set(FAILURES):
             raise ValueError(f"control.ladders: no failure {sorted(unknown)}; there are {', '.join(FAILURES)}")
-        metrics = {row.metric for row in self.table()}
-        _check_setpoints(self.setpoints, metrics)
+        _check_setpoints(self.setpoints)
 
     def table(self) -> tuple[Threshold, ...]:
-        """Return the thresholds in force."""
-        return thresholds_with(self.thresholds, self.more_thresholds)
+        """Return the thresholds in force.
+
+        Raises:
+            ValueError: a threshold or a set-point of a metric that is not in the table, or two rows of one.
+        """
+        rows = thresholds_with(self.thresholds, self.more_thresholds)
+        known = sorted(row.metric for row in rows)
+        if unknown := [point.metric for point in self.setpoints if point.metric not in known]:
+            raise ValueError(f"control.setpoints: no metric {unknown[0]!r} in the table; there are {known}")
+        return rows
 
     def ladder(self, failure: str) -> tuple[str, ...]:
         """Return the interventions against a failure mode, the gentlest first."""
@@ -149,21 +157,20 @@ class ControlConfig:
         return asdict(self)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Any]) -> ControlConfig:
+    def of_fields(cls, given: Mapping[str, Any]) -> ControlConfig:
         """Return the configuration that ``to_fields`` was called on; keys that are missing keep their defaults.
 
         Raises:
-            ValueError: an unknown key.
+            ValueError: an unknown key, here or in a row, or one that a row lacks.
         """
-        values = dict(fields)
+        values = dict(given)
         if unknown := set(values) - set(cls.__dataclass_fields__):
             raise ValueError(
                 f"control has no {', '.join(sorted(unknown))}; there are {sorted(cls.__dataclass_fields__)}"
             )
-        if "setpoints" in values:
-            values["setpoints"] = tuple(SetPoint(**row) for row in values["setpoints"])
-        if "more_thresholds" in values:
-            values["more_thresholds"] = tuple(Threshold(**row) for row in values["more_thresholds"])
+        for name, kind in (("setpoints", SetPoint), ("more_thresholds", Threshold)):
+            if name in values:
+                values[name] = tuple(_row(kind, f"control.{name}", row) for row in values[name])
         if "ladders" in values:
             values["ladders"] = {failure: tuple(ladder) for failure, ladder in values["ladders"].items()}
         return cls(**values)
@@ -181,12 +188,19 @@ _LEAST = {
 }
 
 
-def _check_setpoints(setpoints: tuple[SetPoint, ...], metrics: set[str]) -> None:
+def _row(kind: type[SetPoint | Threshold], where: str, row: Mapping[str, Any]) -> SetPoint | Threshold:
+    known = {one.name: one.default is MISSING for one in fields(kind)}
+    if unknown := sorted(set(row) - set(known)):
+        raise ValueError(f"{where}: no field {', '.join(unknown)}; there are {', '.join(known)}")
+    if missing := sorted(name for name, needed in known.items() if needed and name not in row):
+        raise ValueError(f"{where}: {row} lacks {', '.join(missing)}")
+    return kind(**row)
+
+
+def _check_setpoints(setpoints: tuple[SetPoint, ...]) -> None:
     moved: dict[str, SetPoint] = {}
     held: dict[str, SetPoint] = {}
     for point in setpoints:
-        if point.metric not in metrics:
-            raise ValueError(f"control.setpoints: no metric {point.metric!r} in the table; there are {sorted(metrics)}")
         if point.moves in moved:
             names = f"{moved[point.moves].metric} and {point.metric}"
             raise ValueError(f"control.setpoints contradict each other: {names} both move {point.moves!r}")

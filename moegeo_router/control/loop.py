@@ -18,6 +18,7 @@ from ..observe.statistics import RoutingStatistics, world_size
 from ..observe.window import Window
 from .config import ControlConfig, Mode
 from .controller import Controller, Event
+from .own_signals import OwnSignals
 from .plant import Intervention, Order, Plant
 from .policy import Decision
 from .reading import LayerReading, Reading
@@ -64,9 +65,11 @@ class ControlLoop:
         plant: what it can move.
         interventions: that it knows.
         snapshots: are taken of healthy states, while it acts.
+        own: the signals of one's own.
 
     Attributes:
         scalars: of the layers in the newest step, where that needs no waiting.
+        own: as given.
     """
 
     def __init__(
@@ -76,8 +79,9 @@ class ControlLoop:
         plant: Plant,
         interventions: Sequence[Intervention],
         snapshots: Snapshots,
+        own: OwnSignals,
     ) -> None:
-        self._plant, self._snapshots = plant, snapshots
+        self._plant, self._snapshots, self.own = plant, snapshots, own
         self._warm = max(row.warmup for row in config.table())
         self._known = {intervention.name: intervention for intervention in interventions}
         self.available, self.reasons = _availability(plant, interventions)
@@ -124,10 +128,12 @@ class ControlLoop:
         self._go_on()
         if device.type != "cuda":
             newest = window.newest(wait=False)
-            self.scalars = scalars(reduced, None if newest is None else newest[0], numbers)
-            self._turn(reduced, self.scalars, own)
+            before = None if newest is None else newest[0]
+            self.scalars = scalars(reduced, before, numbers)
+            self._turn(reduced, before, self.scalars, own)
         elif (newest := window.newest(wait=True)) is not None:
-            self._turn(newest[0], scalars(newest[0], window.previous, newest[1]), newest[1])
+            before = window.previous
+            self._turn(newest[0], before, scalars(newest[0], before, newest[1]), newest[1])
         return own
 
     def _loss_sums(self, device: torch.device) -> Tensor:
@@ -156,12 +162,17 @@ class ControlLoop:
             self._plant.damper.remove()
 
     def _turn(
-        self, reduced: RoutingStatistics, scalars: Mapping[str, Mapping[str, float]], numbers: Mapping[str, Tensor]
+        self,
+        reduced: RoutingStatistics,
+        before: RoutingStatistics | None,
+        scalars: Mapping[str, Mapping[str, float]],
+        numbers: Mapping[str, Tensor],
     ) -> None:
         """Take in what the next step came to, and do what the controller says.
 
         Args:
             reduced: its sums, on the host.
+            before: those of the step before.
             scalars: its scalars by layer.
             numbers: ``loss``, sum and number of its losses, and ``skipped``, whether it was not taken; on the host.
         """
@@ -169,11 +180,14 @@ class ControlLoop:
         if self.step % self.controller.config.every:
             return
         total, count = numbers["loss"].tolist()
+        layers = {name: _reading(scalars[name], reduced, name) for name in scalars}
+        layers, lost = self.own.read(self.step, layers, reduced, before)
         reading = Reading(
             step=self.step,
             loss=total / count if count else math.nan,
             skipped=bool(numbers["skipped"]),
-            layers={name: _reading(scalars[name], reduced, name) for name in scalars},
+            layers=layers,
+            lost=lost,
         )
         self._readings.append(reading)
         turn = self.controller.update(reading)
@@ -240,6 +254,7 @@ class ControlLoop:
             "added": self._plant.regularization.added(),
             "brakes": self._plant.brakes(),
             "snapshots": self._snapshots.state(),
+            "signals": self.own.state(),
             "standing": [asdict(standing) for standing in self._standing],
         }
 
@@ -253,6 +268,8 @@ class ControlLoop:
             for owner, weights in owners.items():
                 self._plant.regularization.add_weights(layer, owner, weights)
         self._snapshots.load(state["snapshots"])
+        if "signals" in state:  # not in those from before there were some
+            self.own.load(state["signals"])
         self._standing = [Standing(**standing) for standing in state["standing"]]
         self._look()
 

@@ -35,12 +35,14 @@ class Reading:
         loss: of the training, mean over micro-batches and ranks; NaN where it was not told.
         skipped: whether the step was not taken, because a gradient was not finite.
         layers: by name.
+        lost: metrics that are no longer known from here on, because a signal of one's own failed.
     """
 
     step: int
     loss: float = math.nan
     skipped: bool = False
     layers: Mapping[str, LayerReading] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
     def to_fields(self) -> dict[str, Any]:
         """Return it as JSON can hold it; ``of_fields`` gives back the same to the last bit."""
@@ -48,7 +50,8 @@ class Reading:
             name: {"scalars": dict(layer.scalars), "counts": [_whole(n) for n in layer.counts], "k": layer.k}
             for name, layer in self.layers.items()
         }
-        return {"optimizer_step": self.step, "loss": self.loss, "skipped": self.skipped, "layers": layers}
+        fields = {"optimizer_step": self.step, "loss": self.loss, "skipped": self.skipped, "layers": layers}
+        return fields | ({"lost": list(self.lost)} if self.lost else {})
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> Reading:
@@ -66,6 +69,7 @@ class Reading:
             loss=float(fields["loss"]),
             skipped=bool(fields["skipped"]),
             layers=layers,
+            lost=tuple(fields.get("lost", ())),
         )
 
 

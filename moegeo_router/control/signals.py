@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from .reading import RUN, LayerReading, Reading
@@ -122,6 +123,8 @@ class Signals:
     def update(self, reading: Reading) -> list[Alert]:
         """Take in one step's reading; return what went to another level."""
         alerts = []
+        for layer_signals, metric in product(self.layers.values(), reading.lost):
+            layer_signals.tracks.pop(metric, None)  # an alarm that nobody can call off would be acted on for ever
         for name, layer in reading.layers.items():
             signals = self._layer(name)
             alerts += self._judge(name, signals.values(layer), reading.step)
@@ -242,6 +245,8 @@ def _alert(step: int, layer: str, row: Threshold, track: Track) -> Alert:
         what = (
             f"{name} drifts towards {bound:g}, by {track.slope(row) * row.sign:+.2g} a step (CUSUM {track.cusum:.1f})"
         )
+    elif row.sign * value < row.sign * bound:  # from critical, but not yet where a warning ends
+        what = f"{name} is no longer critical (bound {row.critical:g}), and well from {row.release:g} on"
     else:
         what = f"{name} is {'above' if row.sign > 0 else 'below'} {bound:g}"
     over = f", average over {row.smoothing} steps" if row.smoothing > 1 else ""

@@ -18,6 +18,7 @@ from .damper import Damper
 from .guard import Guard
 from .interventions import CutRate, MoreRegularization, PriorStep, SlowDown, Temperature
 from .loop import ControlLoop
+from .own_signals import OwnSignals, with_rows
 from .plant import Intervention, Plant
 from .probe import LayerProbe, Paused
 from .revive import Revive
@@ -48,7 +49,7 @@ def control_loop(
     Raises:
         ValueError: an intervention in a ladder that nobody knows, or two of one name.
     """
-    mode, control = config.controller, config.control
+    mode, control = config.controller, with_rows(config.control, config.signals)
     if mode is None:
         return None
     by_name = {site.name: site for site in sites}
@@ -71,7 +72,8 @@ def control_loop(
     frozen = [site.name for site in sites if not site.weight.requires_grad]
     if mode == "act" and len(frozen) == len(sites):
         warnings.warn("every router is frozen: the controller can only observe", stacklevel=4)
-    return ControlLoop(control, mode, plant, known, snapshots)
+    own = OwnSignals(config.signals, plant, strict=config.on_error == "raise")
+    return ControlLoop(control, mode, plant, known, snapshots, own)
 
 
 def _probe(model: nn.Module, site: RouterSite) -> LayerProbe:

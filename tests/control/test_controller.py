@@ -44,6 +44,19 @@ def test_a_collapse_climbs_the_ladder_undoing_what_does_not_help_and_gives_up_wi
     assert last.level == "error"
 
 
+def test_an_alert_says_on_which_side_of_its_bounds_a_metric_is():
+    made = controller("observe", thresholds={"fsi": {"smoothing": 1}})
+    values = [*[0.6] * 60, 0.3, 0.6, 0.22, 0.1]
+    said = [event.line for event in run(made, [reading(step, fsi=fsi) for step, fsi in enumerate(values, start=1)])]
+    assert [line.removeprefix("expert collapse: gate fsi ") for line in said] == [
+        "0.6 is above 0.45",
+        "0.3 is above 0.25",
+        "0.6 is above 0.45",
+        "0.22 is no longer critical (bound 0.45), and well from 0.2 on",
+        "0.1 is well again (bound 0.25)",
+    ]
+
+
 def test_what_helped_is_kept_and_taken_back_when_all_is_well_for_long():
     made = controller(release_after=50)
     readings = [reading(step, fsi=0.9) for step in range(1, 55)]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moegeo_router.config import GeometryConfig
 from moegeo_router.control.config import ControlConfig, SetPoint
 from moegeo_router.control.setpoints import SetPointControl
 
@@ -71,4 +72,4 @@ def test_contradictions_are_told():
     with pytest.raises(ValueError, match="moves must be one of"):
         SetPoint(metric="fhs", at_most=1.0, moves="magic")
     with pytest.raises(ValueError, match="no metric 'nothing'"):
-        ControlConfig(setpoints=(SetPoint(metric="nothing", at_most=1.0),))
+        GeometryConfig(control=ControlConfig(setpoints=(SetPoint(metric="nothing", at_most=1.0),)))

@@ -88,6 +88,7 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
         "num_domains",
         "accumulation",
         "grad_scaler",
+        "signals",
         "interventions",
     }
     assert set(geometry) - {"_target_"} == set(mg.GeometryConfig.__dataclass_fields__) - left_out - {"group"}
@@ -96,11 +97,46 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
     built = build.build(configuration(), "geometry")
     assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig(controller="act")
     assert built.control == mg.ControlConfig()
-    left_out = {"more_thresholds", "setpoints", "snapshot_every", "snapshots", "snapshot_scope"}
-    assert set(geometry.control) - {"_target_", "_convert_"} == set(mg.ControlConfig.__dataclass_fields__) - left_out
+    assert set(geometry.control) - {"_target_", "_convert_"} == set(mg.ControlConfig.__dataclass_fields__)
     assert built.regularizers == mg.Regularizers()
     nothing = build.build(configuration("geometry=none", "optimizer=adamw", "model.scores=sigmoid"), "geometry")
     assert (nothing.regularizers.active, nothing.fisher, nothing.step, nothing.scores) == ((), None, None, "sigmoid")
+
+
+def test_the_controller_is_configured_in_full_from_the_command_line():
+    row = "{metric:margin,failure:brittle specialization,bad:low,warning:0.1,critical:0.05}"
+    points = "[{metric:margin,at_least:0.2,moves:dispersion}]"
+    changes = ("thresholds={fhs:{warning:1.5}}", "ladders={divergence:[rollback]}", "snapshots=3")
+    overrides = (f"more_thresholds=[{row}]", f"setpoints={points}", *changes)
+    built = build.build(configuration(*(f"geometry.control.{one}" for one in overrides)), "geometry").control
+    assert built == mg.ControlConfig(
+        more_thresholds=(
+            mg.Threshold(metric="margin", failure="brittle specialization", bad="low", warning=0.1, critical=0.05),
+        ),
+        setpoints=(mg.SetPoint(metric="margin", at_least=0.2, moves="dispersion"),),
+        thresholds={"fhs": {"warning": 1.5}},
+        ladders={"divergence": ("rollback",)},
+        snapshots=3,
+    )
+    assert {type(value) for value in (built.setpoints, built.more_thresholds, built.ladders["divergence"])} == {tuple}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("setpoints=[{metric:fsi}]", "set-point of fsi: give at_most or at_least"),
+        ("setpoints=[{metric:fsi,at_most:0.3,goal:1}]", "no field goal"),
+        ("setpoints=[{at_most:0.3}]", "lacks metric"),
+        ("more_thresholds=[{metric:margin,failure:divergence}]", "lacks critical, warning"),
+        ("setpoints=[{metric:nothing,at_most:1.0}]", "no metric 'nothing' in the table"),
+        ("snapshot_scope=all", "control.snapshot_scope must be"),
+    ],
+)
+def test_mistakes_in_it_are_told(override, message):
+    with pytest.raises(InstantiationException) as raised:
+        build.build(configuration(f"geometry.control.{override}"), "geometry")
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert message in str(raised.value.__cause__)
 
 
 def test_free_keys_are_keys():
