@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..geometry.simplex import fisher_rao_distance
 from ..observe.statistics import LayerStatistics, RoutingStatistics
-from .heterogeneity import fhs, fhs_per_token
+from .heterogeneity import fhs, fhs_per_token, starved_fraction
 from .load import coefficient_of_variation, dead_fraction, gini, load_share, max_violation, utilization_entropy
 from .specialization import dispersion_from_means, fsi, fsi_domain_from_sums, fsi_load, fsi_max, information_from_means
 
 #: How a scalar of the layers becomes one of the model; the others are averaged.
-WORST_LAYER = ("fhs", "max_violation", "dead_fraction", "non_finite")
+WORST_LAYER = ("fhs", "max_violation", "dead_fraction", "starved_fraction", "non_finite")
 
 
 def layer_scalars(statistics: LayerStatistics, previous: LayerStatistics | None = None) -> dict[str, float]:
@@ -71,6 +71,7 @@ def _signal(statistics: LayerStatistics) -> dict[str, Tensor]:
         scalars["fhs"] = fhs(statistics.traces)
         if float(statistics.choices):
             scalars["fhs_per_token"] = fhs_per_token(statistics.traces, statistics.counts)
+            scalars["starved_fraction"] = starved_fraction(statistics.traces, statistics.counts)
     if float(statistics.domain_tokens.sum()):
         sums_DE = statistics.domain_p.view(-1, statistics.num_experts)
         scalars["fsi_domain"] = fsi_domain_from_sums(sums_DE, statistics.domain_tokens)

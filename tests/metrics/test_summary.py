@@ -58,4 +58,10 @@ def test_heterogeneity_is_there_where_the_traces_are():
     scalars = layer_scalars(routed(0))
     assert scalars["fhs"] == pytest.approx(float(mg.fhs(torch.tensor([1.0, 3.0, 0.0, 4.0]))))
     assert "fhs_per_token" in scalars
-    assert "fhs" not in layer_scalars(routed(0).with_traces(torch.zeros(4, dtype=torch.float64)))
+    assert scalars["starved_fraction"] == 0.25  # all four are chosen, one has no traces
+    silent = layer_scalars(routed(0).with_traces(torch.zeros(4, dtype=torch.float64)))
+    assert not {"fhs", "fhs_per_token", "starved_fraction"} & silent.keys()
+    logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    unknown = layer_scalars(LayerStatistics.of(logits).with_traces(routed(0).traces))
+    assert "fhs" in unknown
+    assert not {"fhs_per_token", "starved_fraction"} & unknown.keys()
