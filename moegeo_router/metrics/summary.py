@@ -17,6 +17,15 @@ from .specialization import dispersion_from_means, fsi, fsi_domain_from_sums, fs
 #: How a scalar of the layers becomes one of the model; the others are averaged.
 WORST_LAYER = ("fhs", "max_violation", "dead_fraction", "starved_fraction", "non_finite")
 
+#: The fields of ``optim.Movement``, and the names of their scalars.
+MOVEMENT = {
+    "limit": "speed_limit",
+    "moved": "movement",
+    "moved_next": "movement_next",
+    "limited": "limited",
+    "flipped": "flip_rate",
+}
+
 
 def layer_scalars(statistics: LayerStatistics, previous: LayerStatistics | None = None) -> dict[str, float]:
     """Return the scalars of one layer: those of the load only where the choices are known, of the Fisher traces only
@@ -79,17 +88,15 @@ def _signal(statistics: LayerStatistics) -> dict[str, Tensor]:
 
 
 def movement_scalars(numbers: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """Return of each router that is stepped naturally ``speed_limit``, ``movement``, ``movement_next``, ``limited``.
+    """Return of each router that is stepped naturally the scalars of ``MOVEMENT``.
 
     Args:
         numbers: the fields of ``optim.Movement`` on the host, if there are any.
     """
-    if "moved" not in numbers:
-        return []
-    names = {"limit": "speed_limit", "moved": "movement", "moved_next": "movement_next", "limited": "limited"}
-    columns = zip(*(numbers[field].tolist() for field in names), strict=True)
+    known = {name: numbers[field].tolist() for field, name in MOVEMENT.items() if field in numbers}
+    rows = zip(*known.values(), strict=True)
     # NaN is the next batch of a first step, inf a limit that does not exist.
-    return [{n: v for n, v in zip(names.values(), row, strict=True) if math.isfinite(v)} for row in columns]
+    return [{n: v for n, v in zip(known, row, strict=True) if math.isfinite(v)} for row in rows]
 
 
 def model_scalars(
