@@ -142,7 +142,7 @@ def starved_fraction(traces: Tensor, counts: Tensor) -> Tensor:
     t, fair = _traces(traces), 1 / traces.shape[-1]
     total = t.sum(dim=-1)
     starved = (load_share(counts) >= CHOSEN * fair) & (t < STARVED * fair * total.unsqueeze(-1))
-    return torch.where(total > 0, starved.to(t.dtype).mean(dim=-1), torch.nan)
+    return starved.to(t.dtype).mean(dim=-1).masked_fill(~(total > 0), torch.nan)
 
 
 def _excess(t: Tensor) -> Tensor:
