@@ -1,6 +1,6 @@
 """Metrics: pure functions from routing probabilities and sums of them to named scalars."""
 
-from .heterogeneity import fhs, fhs_per_token, fhs_squared, participation_ratio
+from .heterogeneity import fhs, fhs_per_token, fhs_squared, participation_ratio, starved_fraction
 from .load import (
     coefficient_of_variation,
     dead_fraction,
@@ -62,5 +62,6 @@ __all__ = [
     "participation_ratio",
     "probe_velocity",
     "routing_information",
+    "starved_fraction",
     "utilization_entropy",
 ]

@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 
 from ..geometry.simplex import readable, widen
-from .load import amounts
+from .load import amounts, load_share
+
+#: An expert with at least this part of the fair load 1/E is chosen; with less than that of the signal it is starved.
+CHOSEN, STARVED = 0.5, 0.1
 
 
 def fhs(traces: Tensor) -> Tensor:
@@ -115,6 +118,31 @@ def fhs_per_token(traces: Tensor, tokens: Tensor, rare: float = 1) -> Tensor:
     mean = strength_E.sum(dim=-1, keepdim=True) / count
     excess_E = torch.where(kept, (strength_E - mean) / mean, 0)
     return torch.linalg.vector_norm(excess_E, dim=-1) / count.squeeze(dim=-1).sqrt()
+
+
+def starved_fraction(traces: Tensor, counts: Tensor) -> Tensor:
+    """Return the share of experts that are chosen, ``n_e/Σn ≥ 0.5/E``, but starved, ``t_e/Σt < 0.1/E`` [ours].
+
+    They take their tokens and learn nothing from them: neither the load nor ``fhs`` alone tells them from experts that
+    nobody chooses. Not differentiable.
+
+    Args:
+        traces: (..., E) Fisher traces, not negative.
+        counts: (..., E) tokens n an expert was chosen for.
+
+    Returns:
+        (...) values in [0, 1 - 1/E]; 0 at Σn = 0, NaN at Σt = 0.
+
+    Raises:
+        ValueError: ``counts`` not of the shape of ``traces`` or (checked on the CPU) negative or not finite; see also
+            ``fhs``.
+    """
+    if counts.shape != traces.shape:
+        raise ValueError(f"counts must be {tuple(traces.shape)}, got {tuple(counts.shape)}")
+    t, fair = _traces(traces), 1 / traces.shape[-1]
+    total = t.sum(dim=-1)
+    starved = (load_share(counts) >= CHOSEN * fair) & (t < STARVED * fair * total.unsqueeze(-1))
+    return starved.to(t.dtype).mean(dim=-1).masked_fill(~(total > 0), torch.nan)
 
 
 def _excess(t: Tensor) -> Tensor:

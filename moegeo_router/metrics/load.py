@@ -38,8 +38,7 @@ def load_share(counts: Tensor) -> Tensor:
     Raises:
         ValueError: no experts, counts that are no real numbers or (checked on the CPU) negative or not finite.
     """
-    n = _counts("counts", counts)
-    return n / _divisor(n.sum(dim=-1, keepdim=True))
+    return _share(_counts(counts))
 
 
 def max_load(counts: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def max_load(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    n = _counts("counts", counts)
+    n = _counts(counts)
     return n.amax(dim=-1) / _divisor(n.mean(dim=-1))
 
 
@@ -70,7 +69,7 @@ def max_violation(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    return _excess(counts).amax(dim=-1)
+    return _excess(_counts(counts)).amax(dim=-1)
 
 
 def coefficient_of_variation(counts: Tensor) -> Tensor:
@@ -87,8 +86,7 @@ def coefficient_of_variation(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    excess_E = _excess(counts)
-    return torch.linalg.vector_norm(excess_E, dim=-1) / math.sqrt(excess_E.shape[-1])
+    return _spread(_excess(_counts(counts)))
 
 
 def gini(counts: Tensor) -> Tensor:
@@ -105,11 +103,7 @@ def gini(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    share_E = load_share(counts)
-    num_experts = share_E.shape[-1]
-    below = torch.arange(1, num_experts, dtype=share_E.dtype, device=share_E.device)
-    gaps = share_E.sort(dim=-1).values.diff(dim=-1)
-    return (below * (num_experts - below) * gaps).sum(dim=-1) / num_experts
+    return _gini(load_share(counts))
 
 
 def utilization_entropy(counts: Tensor) -> Tensor:
@@ -125,10 +119,7 @@ def utilization_entropy(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    share_E = load_share(counts)
-    if share_E.shape[-1] == 1:
-        return share_E.squeeze(dim=-1)
-    return entropy(share_E) / math.log(share_E.shape[-1])
+    return _relative_entropy(load_share(counts))
 
 
 def dead_fraction(counts: Tensor, below: float = 0.1) -> Tensor:
@@ -146,8 +137,7 @@ def dead_fraction(counts: Tensor, below: float = 0.1) -> Tensor:
     """
     if not 0 < below <= 1:
         raise ValueError(f"below must be in (0, 1], got {below}")
-    share_E = load_share(counts)
-    return (share_E < below / share_E.shape[-1]).to(share_E.dtype).mean(dim=-1)
+    return _dead(load_share(counts), below)
 
 
 def never_used_fraction(counts: Tensor) -> Tensor:
@@ -164,7 +154,7 @@ def never_used_fraction(counts: Tensor) -> Tensor:
     Raises:
         ValueError: see ``load_share``.
     """
-    n = _counts("counts", counts)
+    n = _counts(counts)
     return (n == 0).to(n.dtype).mean(dim=-1)
 
 
@@ -191,9 +181,50 @@ def drop_rate(dropped: Tensor, total: Tensor) -> Tensor:
     return lost / _divisor(routed)
 
 
-def _excess(counts: Tensor) -> Tensor:
+def load_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Return what is logged of the load (...), by the names of the log; counts (..., E) are checked only once.
+
+    Raises:
+        ValueError: see ``load_share``.
+    """
+    n = _counts(counts)
+    share_E, excess_E = _share(n), _excess(n)
+    return {
+        "max_violation": excess_E.amax(dim=-1),
+        "load_cv": _spread(excess_E),
+        "load_gini": _gini(share_E),
+        "load_entropy": _relative_entropy(share_E),
+        "dead_fraction": _dead(share_E),
+    }
+
+
+def _share(n: Tensor) -> Tensor:
+    return n / _divisor(n.sum(dim=-1, keepdim=True))
+
+
+def _spread(excess_E: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(excess_E, dim=-1) / math.sqrt(excess_E.shape[-1])
+
+
+def _gini(share_E: Tensor) -> Tensor:
+    num_experts = share_E.shape[-1]
+    below = torch.arange(1, num_experts, dtype=share_E.dtype, device=share_E.device)
+    gaps = share_E.sort(dim=-1).values.diff(dim=-1)
+    return (below * (num_experts - below) * gaps).sum(dim=-1) / num_experts
+
+
+def _relative_entropy(share_E: Tensor) -> Tensor:
+    if share_E.shape[-1] == 1:
+        return share_E.squeeze(dim=-1)
+    return entropy(share_E) / math.log(share_E.shape[-1])
+
+
+def _dead(share_E: Tensor, below: float = 0.1) -> Tensor:
+    return (share_E < below / share_E.shape[-1]).to(share_E.dtype).mean(dim=-1)
+
+
+def _excess(n: Tensor) -> Tensor:
     """Return ``(n - mean) / mean`` (..., E): unlike ``n / mean - 1`` it is 0 where nothing was routed."""
-    n = _counts("counts", counts)
     mean = n.mean(dim=-1, keepdim=True)
     return (n - mean) / _divisor(mean)
 
@@ -203,17 +234,20 @@ def _divisor(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1, x)
 
 
-def _counts(name: str, x: Tensor) -> Tensor:
+def _counts(x: Tensor) -> Tensor:
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} must be (..., E) with at least one expert, got {tuple(x.shape)}")
-    return amounts(name, x)
+        raise ValueError(f"counts must be (..., E) with at least one expert, got {tuple(x.shape)}")
+    return amounts("counts", x)
 
 
 def amounts(name: str, x: Tensor) -> Tensor:
     """Return x in a floating point that holds it, checked as far as that does not make an accelerator wait."""
     if x.dtype == torch.bool or x.is_complex():
         raise ValueError(f"{name} must be real numbers, got {x.dtype}")
-    if readable(x) and bool((wrong := ~(x.isfinite() & (x >= 0))).any()):
-        raise ValueError(f"{name} must be finite and not negative, got {x[wrong][0]:g}")
+    if readable(x) and x.numel():
+        least, most = x.detach().aminmax()  # NaN is both
+        if not 0 <= float(least) <= float(most) < math.inf:
+            wrong = x[~(x.isfinite() & (x >= 0))]
+            raise ValueError(f"{name} must be finite and not negative, got {wrong[0]:g}")
     # fp32 holds integers up to 2^24 only: fewer than the tokens of many windows.
     return widen(x) if x.is_floating_point() else x.double()

@@ -51,9 +51,14 @@ def fsi(p: Tensor, normalized: bool = False) -> Tensor:
     Raises:
         ValueError: no tokens, no experts, or not distributions (checked on their mean, on the CPU only).
     """
-    mean_E = _mean(p)
-    distance = fisher_rao_distance(mean_E, uniform(mean_E.shape[-1], dtype=mean_E.dtype, device=mean_E.device))
-    return _over(distance, fsi_max(mean_E.shape[-1])) if normalized else distance
+    return fsi_from_means(_mean(p), normalized)
+
+
+def fsi_from_means(mean_p: Tensor, normalized: bool = False) -> Tensor:
+    """Return ``d(p̄, u)`` (...) of means p̄ (..., E); leading dimensions: a batch. See ``fsi``."""
+    num_experts = mean_p.shape[-1]
+    distance = fisher_rao_distance(mean_p, uniform(num_experts, dtype=widen(mean_p).dtype, device=mean_p.device))
+    return over_maximum(distance, fsi_max(num_experts)) if normalized else distance
 
 
 def fsi_load(counts: Tensor, k: int, normalized: bool = False) -> Tensor:
@@ -75,14 +80,22 @@ def fsi_load(counts: Tensor, k: int, normalized: bool = False) -> Tensor:
     """
     _check_tokens("counts", counts)
     load_E = widen(reduce(counts, "... e -> e", "sum"))
-    num_experts = load_E.shape[-1]
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
-    total = load_E.sum()
+    largest, total = fsi_load_max(load_E.shape[-1], k), load_E.sum()
     if readable(counts) and not bool(total > 0):
         raise ValueError(f"counts must have a positive sum, got {total.item():g}")
-    distance = fisher_rao_distance(load_E / total, uniform(num_experts, device=load_E.device).to(load_E))
-    return _over(distance, 2 * math.acos(math.sqrt(k / num_experts))) if normalized else distance
+    distance = fsi_from_means(load_E / total)
+    return over_maximum(distance, largest) if normalized else distance
+
+
+def fsi_load_max(num_experts: int, k: int) -> float:
+    """Return the largest ``fsi_load``, ``2 arccos √(k/E)`` radians: that of k experts which take all tokens.
+
+    Raises:
+        ValueError: k not in 1..E.
+    """
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be between 1 and the number of experts {num_experts}, got {k}")
+    return 2 * math.acos(math.sqrt(k / num_experts))
 
 
 def fsi_token(p: Tensor) -> Tensor:
@@ -91,9 +104,7 @@ def fsi_token(p: Tensor) -> Tensor:
     Raises:
         ValueError: see ``fsi``.
     """
-    p_TE = _tokens(p)
-    u_E = uniform(p_TE.shape[-1], dtype=p_TE.dtype, device=p_TE.device)
-    return _over(fisher_rao_distance(p_TE, u_E).mean(), fsi_max(p_TE.shape[-1]))
+    return fsi_from_means(_tokens(p), normalized=True).mean()
 
 
 def dispersion(p: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def dispersion(p: Tensor) -> Tensor:
     """
     p_TE = _tokens(p)
     squared = fisher_rao_distance(p_TE, p_TE.mean(dim=0)).square().mean()
-    return _over(squared, fsi_max(p_TE.shape[-1]) ** 2)
+    return over_maximum(squared, fsi_max(p_TE.shape[-1]) ** 2)
 
 
 def dispersion_from_means(mean_p: Tensor, mean_root_p: Tensor) -> Tensor:
@@ -116,23 +127,23 @@ def dispersion_from_means(mean_p: Tensor, mean_root_p: Tensor) -> Tensor:
     float64; near 0 its absolute accuracy is that of the means (1e-7 for fp32 sums).
 
     Args:
-        mean_p: (E,) mean of p over tokens.
-        mean_root_p: (E,) mean of √p over the same tokens.
+        mean_p: (..., E) means of p over tokens; leading dimensions: a batch.
+        mean_root_p: (..., E) means of √p over the same tokens.
 
     Returns:
-        A scalar, float64.
+        (...) float64.
 
     Raises:
-        ValueError: the two do not have the same shape (E,).
+        ValueError: the two do not have the same shape (..., E).
     """
-    if mean_p.ndim != 1 or mean_p.shape != mean_root_p.shape:
+    if mean_p.ndim == 0 or mean_p.shape != mean_root_p.shape:
         raise ValueError(
-            f"mean_p and mean_root_p must be (E,), got {tuple(mean_p.shape)} and {tuple(mean_root_p.shape)}"
+            f"mean_p and mean_root_p must be (..., E), got {tuple(mean_p.shape)} and {tuple(mean_root_p.shape)}"
         )
-    overlap = (root(mean_p.double()) * mean_root_p.double()).sum()
+    overlap = (root(mean_p.double()) * mean_root_p.double()).sum(dim=-1)
     # 1 - overlap = half the squared chord; arcsin of it is smooth where arccos of the overlap is not.
     half_chord = ((1 - overlap).clamp_min(torch.finfo(torch.float64).tiny) / 2).sqrt()
-    return _over((4 * torch.arcsin(half_chord)).square(), fsi_max(mean_p.shape[0]) ** 2)
+    return over_maximum((4 * torch.arcsin(half_chord)).square(), fsi_max(mean_p.shape[-1]) ** 2)
 
 
 def routing_information(p: Tensor, normalized: bool = False) -> Tensor:
@@ -155,9 +166,9 @@ def routing_information(p: Tensor, normalized: bool = False) -> Tensor:
 
 
 def information_from_means(mean_p: Tensor, mean_entropy: Tensor, normalized: bool = False) -> Tensor:
-    """Return the routing information from the means of p (E,) and of the tokens' entropies (nats)."""
+    """Return the routing information (...) from the means of p (..., E) and of the tokens' entropies (...), nats."""
     information = entropy(mean_p) - mean_entropy
-    return _over(information, math.log(mean_p.shape[-1])) if normalized else information
+    return over_maximum(information, math.log(mean_p.shape[-1])) if normalized else information
 
 
 def domain_sums(p: Tensor, domains: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
@@ -306,7 +317,7 @@ def _check_same_batch(p: Tensor, previous: Tensor) -> None:
         raise ValueError(f"p and previous must have one shape, got {tuple(p.shape)} and {tuple(previous.shape)}")
 
 
-def _over(value: Tensor, maximum: float) -> Tensor:
+def over_maximum(value: Tensor, maximum: float) -> Tensor:
     """Divide by a maximum, which is 0 where nothing can vary (E = 1, k = E): the value is 0 there too."""
     return value / maximum if maximum > 0 else value * 0
 

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..geometry.simplex import fisher_rao_distance
+from ..geometry.simplex import fisher_rao_distance, uniform
 from ..observe.statistics import LayerStatistics, RoutingStatistics
-from .heterogeneity import fhs, fhs_per_token
-from .load import coefficient_of_variation, dead_fraction, gini, load_share, max_violation, utilization_entropy
-from .specialization import dispersion_from_means, fsi, fsi_domain_from_sums, fsi_load, fsi_max, information_from_means
+from .heterogeneity import fhs, fhs_per_token, starved_fraction
+from .load import load_metrics, load_share
+from .specialization import (
+    dispersion_from_means,
+    fsi_domain_from_sums,
+    fsi_load_max,
+    fsi_max,
+    information_from_means,
+    over_maximum,
+)
 
 #: How a scalar of the layers becomes one of the model; the others are averaged.
-WORST_LAYER = ("fhs", "max_violation", "dead_fraction", "non_finite")
+WORST_LAYER = ("fhs", "max_violation", "dead_fraction", "starved_fraction", "non_finite")
+
+#: The fields of ``optim.Movement``, and the names of their scalars.
+MOVEMENT = {
+    "limit": "speed_limit",
+    "moved": "movement",
+    "moved_next": "movement_next",
+    "limited": "limited",
+    "flipped": "flip_rate",
+}
 
 
 def layer_scalars(statistics: LayerStatistics, previous: LayerStatistics | None = None) -> dict[str, float]:
@@ -30,65 +48,124 @@ def layer_scalars(statistics: LayerStatistics, previous: LayerStatistics | None 
         statistics: reduced sums, on the CPU.
         previous: those of the step before.
     """
-    tokens, num_experts = statistics.tokens, statistics.num_experts
-    if not float(tokens):
-        # A layer whose every token is broken must not look as if nothing had happened.
-        return {"non_finite": 1.0} if float(statistics.non_finite) else {}
-    mean_p = statistics.p / tokens
-    largest = fsi_max(num_experts)
-    scalars: dict[str, Tensor] = {
-        "fsi": fsi(mean_p, normalized=True),
-        "fsi_token": statistics.distance / tokens / largest if largest else torch.zeros(1),
-        "dispersion_1": dispersion_from_means(mean_p, statistics.root_p / tokens),
-        "routing_information": information_from_means(mean_p, statistics.entropy / tokens, normalized=True),
-        "token_entropy": statistics.entropy / tokens,
-        "margin": statistics.margin / tokens,
-        "z_loss": statistics.z_squared / tokens,
-        "non_finite": statistics.non_finite / (tokens + statistics.non_finite),
-    }
-    if previous is not None and float(previous.tokens):
-        scalars["fsi_velocity"] = fisher_rao_distance(mean_p, previous.p / previous.tokens)
-    return {name: float(value) for name, value in (scalars | _load(statistics) | _signal(statistics)).items()}
+    return scalars_of_layers({"": statistics}, {} if previous is None else {"": previous})[""]
 
 
-def _load(statistics: LayerStatistics) -> dict[str, Tensor]:
-    if not float(statistics.choices):
-        return {}
-    counts, k = statistics.counts, round(float(statistics.choices / statistics.k_tokens))
-    return {
-        "fsi_load": fsi_load(counts, k, normalized=True),
-        "max_violation": max_violation(counts),
-        "load_cv": coefficient_of_variation(counts),
-        "load_gini": gini(counts),
-        "load_entropy": utilization_entropy(counts),
-        "dead_fraction": dead_fraction(counts),
-    }
+@torch.inference_mode()
+def scalars_of_layers(
+    layers: Mapping[str, LayerStatistics], previous: Mapping[str, LayerStatistics]
+) -> dict[str, dict[str, float]]:
+    """Return ``layer_scalars`` of every layer, each metric computed once for all layers that are alike.
+
+    Args:
+        layers: reduced sums by layer, on the CPU.
+        previous: those of the step before, of the layers that had some.
+    """
+    found: dict[str, dict[str, float]] = {}
+    alike: dict[_Known, list[str]] = defaultdict(list)
+    for name, sums in layers.items():
+        if float(sums.tokens):
+            alike[_known(sums, previous.get(name))].append(name)
+        else:
+            # A layer whose every token is broken must not look as if nothing had happened.
+            found[name] = {"non_finite": 1.0} if float(sums.non_finite) else {}
+    for known, names in alike.items():
+        last = [previous[name] for name in names] if known.previous else None
+        columns = _of_alike(known, LayerStatistics.stack([layers[name] for name in names]), last)
+        rows = torch.stack(list(columns.values())).T.tolist()
+        found |= {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+    return {name: found[name] for name in layers}
 
 
-def _signal(statistics: LayerStatistics) -> dict[str, Tensor]:
-    scalars = {}
-    if float(statistics.traces.sum()):
-        scalars["fhs"] = fhs(statistics.traces)
-        if float(statistics.choices):
-            scalars["fhs_per_token"] = fhs_per_token(statistics.traces, statistics.counts)
-    if float(statistics.domain_tokens.sum()):
-        sums_DE = statistics.domain_p.view(-1, statistics.num_experts)
-        scalars["fsi_domain"] = fsi_domain_from_sums(sums_DE, statistics.domain_tokens)
+class _Known(NamedTuple):
+    """What is known of a layer that has tokens.
+
+    Attributes:
+        experts: E.
+        k: experts chosen per token; 0 where the choices are not known.
+        traces: whether there are Fisher traces.
+        domains: D.
+        labelled: whether any token has one.
+        previous: whether the step before had tokens.
+    """
+
+    experts: int
+    k: int
+    traces: bool
+    domains: int
+    labelled: bool
+    previous: bool
+
+
+def _known(sums: LayerStatistics, previous: LayerStatistics | None) -> _Known:
+    choices, domains = float(sums.choices), len(sums.domain_tokens)
+    return _Known(
+        experts=sums.num_experts,
+        k=round(choices / float(sums.k_tokens)) if choices else 0,
+        traces=float(sums.traces.sum()) != 0,
+        domains=domains,
+        labelled=domains > 0 and float(sums.domain_tokens.sum()) > 0,
+        previous=previous is not None and float(previous.tokens) > 0,
+    )
+
+
+def _of_alike(known: _Known, sums: LayerStatistics, last: Sequence[LayerStatistics] | None) -> dict[str, Tensor]:
+    """Return the scalars (L,) of L layers of which the same is known, from their stacked sums."""
+    mean_p_LE = sums.p / sums.tokens
+    u_LE = uniform(known.experts, dtype=mean_p_LE.dtype).expand_as(mean_p_LE)
+    pairs = {"fsi": (mean_p_LE, u_LE)}
+    if last is not None:
+        last_p_LE = torch.stack([layer.p for layer in last]) / torch.stack([layer.tokens for layer in last])
+        pairs["fsi_velocity"] = mean_p_LE, last_p_LE
+    if known.k:
+        pairs["fsi_load"] = load_share(sums.counts), u_LE
+    scalars = _distances(pairs)
+    scalars["fsi"] = over_maximum(scalars["fsi"], fsi_max(known.experts))
+    scalars |= _of_tokens(known, sums, mean_p_LE)
+    if known.k:
+        scalars["fsi_load"] = over_maximum(scalars["fsi_load"], fsi_load_max(known.experts, known.k))
+        scalars |= load_metrics(sums.counts)
+    if known.traces:
+        scalars["fhs"] = fhs(sums.traces)
+    if known.traces and known.k:
+        scalars["fhs_per_token"] = fhs_per_token(sums.traces, sums.counts)
+        scalars["starved_fraction"] = starved_fraction(sums.traces, sums.counts)
+    if known.labelled:
+        sums_LDE = sums.domain_p.unflatten(-1, (known.domains, known.experts))
+        scalars["fsi_domain"] = fsi_domain_from_sums(sums_LDE, sums.domain_tokens)
     return scalars
 
 
+def _distances(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the Fisher-Rao distances (L,) of pairs of distributions (L, E), radians."""
+    p, q = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
+    return dict(zip(pairs, fisher_rao_distance(p, q).unbind(), strict=True))
+
+
+def _of_tokens(known: _Known, sums: LayerStatistics, mean_p_LE: Tensor) -> dict[str, Tensor]:
+    totals_L4 = torch.cat([sums.distance, sums.entropy, sums.margin, sums.z_squared], dim=-1)
+    distance_L, entropy_L, margin_L, z_squared_L = (totals_L4 / sums.tokens).unbind(dim=-1)
+    return {
+        "fsi_token": over_maximum(distance_L, fsi_max(known.experts)),
+        "dispersion_1": dispersion_from_means(mean_p_LE, sums.root_p / sums.tokens),
+        "routing_information": information_from_means(mean_p_LE, entropy_L, normalized=True),
+        "token_entropy": entropy_L,
+        "margin": margin_L,
+        "z_loss": z_squared_L,
+        "non_finite": (sums.non_finite / (sums.tokens + sums.non_finite)).squeeze(dim=-1),
+    }
+
+
 def movement_scalars(numbers: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """Return of each router that is stepped naturally ``speed_limit``, ``movement``, ``movement_next``, ``limited``.
+    """Return of each router that is stepped naturally the scalars of ``MOVEMENT``.
 
     Args:
         numbers: the fields of ``optim.Movement`` on the host, if there are any.
     """
-    if "moved" not in numbers:
-        return []
-    names = {"limit": "speed_limit", "moved": "movement", "moved_next": "movement_next", "limited": "limited"}
-    columns = zip(*(numbers[field].tolist() for field in names), strict=True)
+    known = {name: numbers[field].tolist() for field, name in MOVEMENT.items() if field in numbers}
+    rows = zip(*known.values(), strict=True)
     # NaN is the next batch of a first step, inf a limit that does not exist.
-    return [{n: v for n, v in zip(names.values(), row, strict=True) if math.isfinite(v)} for row in columns]
+    return [{n: v for n, v in zip(known, row, strict=True) if math.isfinite(v)} for row in rows]
 
 
 def model_scalars(
@@ -107,10 +184,9 @@ def model_scalars(
         stepped: the routers in the order of the numbers that their steps report.
         numbers: see ``movement_scalars``.
     """
-    known = [name for name in layers if name in reduced.layers]
-    previous = {} if before is None else before.layers
-    scalars = {name: layer_scalars(reduced.layers[name], previous.get(name)) for name in known}
-    scalars = {name: found for name, found in scalars.items() if found}
+    sums = {name: reduced.layers[name] for name in layers if name in reduced.layers}
+    found = scalars_of_layers(sums, {} if before is None else before.layers)
+    scalars = {name: values for name, values in found.items() if values}
     for name, moved in zip(stepped, movement_scalars(numbers or {}), strict=False):
         if name in scalars:
             scalars[name] |= moved

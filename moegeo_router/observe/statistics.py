@@ -8,7 +8,7 @@ Shape legend: T tokens, E experts, K chosen, D domains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..routers.gating import ScoreFunction
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
-    """The sums of one layer, float64 on the router's device; scalars have shape (1,).
+    """The sums of one layer, float64 on the router's device; scalars have shape (1,). ``stack`` holds several layers.
 
     Attributes:
         tokens: T, unmasked tokens with finite logits.
@@ -65,7 +65,7 @@ class LayerStatistics:
     @property
     def num_experts(self) -> int:
         """E."""
-        return len(self.p)
+        return self.p.shape[-1]
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device | None = None, num_domains: int = 0) -> LayerStatistics:
@@ -77,6 +77,13 @@ class LayerStatistics:
                 field.name: torch.zeros(sizes.get(field.name, 1), dtype=torch.float64, device=device)
                 for field in fields(cls)
             }
+        )
+
+    @classmethod
+    def stack(cls, layers: Sequence[LayerStatistics]) -> LayerStatistics:
+        """Return the sums of L layers of the same sizes as one, with a leading dimension L."""
+        return cls(
+            **{field.name: torch.stack([getattr(layer, field.name) for layer in layers]) for field in fields(cls)}
         )
 
     @classmethod

@@ -53,6 +53,14 @@ class KeptRouting:
         dz_LEN = change_LED @ self._x_LDN
         return self._mean(Divergence(self._rows.z - dz_LEN, self._rows.weight, self._scores).sums(dz_LEN))
 
+    def flipped(self, change_LED: Tensor) -> Tensor:
+        """Return the share of tokens whose most likely expert is another one after a change, (L,)."""
+        z_LEN = self._rows.z
+        after_LEN = z_LEN + change_LED @ self._x_LDN
+        # Two argmax over experts would cost ten times as much on a CPU.
+        first_LN = torch.where(z_LEN < z_LEN.amax(dim=-2, keepdim=True), -torch.inf, after_LEN).amax(dim=-2)
+        return self._mean(((first_LN < after_LEN.amax(dim=-2)) * self._rows.weight).sum(dim=-1))
+
     def _mean(self, sums_L: Tensor) -> Tensor:
         sums_L = self._over_ranks(sums_L)
         return torch.where(self.tokens > 0, sums_L / self.tokens.clamp_min(1), torch.inf)

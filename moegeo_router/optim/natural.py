@@ -35,12 +35,14 @@ class Movement(NamedTuple):
         moved: √(2 KL) of the step on the rows it was computed from, radians.
         moved_next: the same of the step before, on the rows of this batch, which is its next.
         limited: 1 where the step was shortened.
+        flipped: the share of those rows whose most likely expert is another one after the step.
     """
 
     limit: Tensor
     moved: Tensor
     moved_next: Tensor
     limited: Tensor
+    flipped: Tensor
 
 
 def in_a_row(parts: Sequence[Movement]) -> Movement:
@@ -131,7 +133,7 @@ class NaturalRule:
         for sample in self.samples:
             sample.take()
         self._tensors["change"].zero_()
-        self.movement = Movement(*(torch.full_like(self._tensors["count"], math.nan) for _ in range(4)))
+        self.movement = Movement(*(torch.full_like(self._tensors["count"], math.nan) for _ in Movement._fields))
 
     def move(
         self, point: Point, gradient: Point, group: Mapping[str, Any], idle: Sequence[int], fixed: Sequence[int]
@@ -263,11 +265,13 @@ class NaturalRule:
         guess_L = (0.98 * 2 * most_L / kept.squared_length(step_LED)).sqrt().nan_to_num(1.0, posinf=1.0)
         eta_L, kl_L = largest_step(kl, torch.where(standing_L, 0, guess_L), most_L)
         after = _chosen(eta_L > 0, self._moved(point, _wide(eta_L) * step_LED), point)
-        last, self._tensors["change"] = self._tensors["change"], self._change(point, after)
+        change = self._change(point, after)
+        last, self._tensors["change"] = self._tensors["change"], change
         # Of the rows that came in, the routing before the last step is known, too: how far did that move *them*?
         stood_L = (last == 0).all(dim=-1).all(dim=-1)
         moved_next_L = torch.where(stood_L, math.nan, (2 * kept.kl_of_the_last(last)).sqrt())
-        found = (limit_L, (2 * kl_L).sqrt(), moved_next_L, ((eta_L < 1) & ~standing_L).to(kl_L))
+        limited_L = ((eta_L < 1) & ~standing_L).to(kl_L)
+        found = (limit_L, (2 * kl_L).sqrt(), moved_next_L, limited_L, kept.flipped(change))
         self.movement = Movement(*(torch.where(active_L, values, math.nan) for values in found))
         return after
 

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moegeo_router.metrics.heterogeneity import fhs, fhs_per_token, fhs_squared, participation_ratio
+from moegeo_router.metrics.heterogeneity import (
+    fhs,
+    fhs_per_token,
+    fhs_squared,
+    participation_ratio,
+    starved_fraction,
+)
 
 FAMILY = {"fhs": fhs, "fhs_squared": fhs_squared, "participation_ratio": participation_ratio}
 
@@ -109,6 +115,8 @@ def test_no_signal_is_nan_and_stays_in_its_row():
         (gradient,) = torch.autograd.grad(values[1], t)
         assert gradient[1].isfinite().all()
         assert metric(t.detach() * math.nan).isnan().all()
+    assert starved_fraction(t, n).isnan().tolist() == [True, False]
+    assert starved_fraction(t * math.nan, n).isnan().all()
 
 
 @pytest.mark.parametrize("metric", [*FAMILY.values(), lambda t: fhs_per_token(t, torch.arange(15).view(3, 5), 2)])
@@ -190,7 +198,47 @@ def test_per_token_against_numpy_in_batches(rare):
     assert fhs_per_token(t.float(), n, rare).dtype == torch.float32
 
 
-@pytest.mark.parametrize("metric", [*FAMILY.values(), lambda t: fhs_per_token(t, torch.ones(t.shape))])
+@pytest.mark.parametrize(
+    ("traces", "tokens", "starved"),
+    [
+        ((10, 10, 10, 10), (1, 1, 1, 1), 0),
+        ((30, 10, 0, 0), (5, 5, 5, 1), 0.25),  # shares of the load: 5/16 and 1/16, which is below 1/8 = 0.5/4
+        ((30, 10, 0, 0), (3, 3, 1, 1), 0.5),  # exactly half the fair load is chosen
+        ((39, 0.9, 0.1, 0), (1, 1, 1, 1), 0.75),  # below 1 = 0.1/4 of 40
+        ((39, 1, 0, 0), (1, 1, 1, 0), 0.25),  # exactly a tenth is not starved, and who is not chosen is not, either
+        ((0, 40, 40, 0), (8, 0, 0, 0), 0.25),
+        ((5,), (3,), 0),
+        ((1, 2), (0, 0), 0),
+    ],
+)
+def test_starved_by_hand(traces, tokens, starved):
+    t = torch.tensor(traces, dtype=torch.float64)
+    for scale in (1, 1e-300):
+        assert starved_fraction(scale * t, torch.tensor(tokens)).item() == starved
+    assert starved_fraction(t.float(), torch.tensor(tokens).float()).item() == pytest.approx(starved)
+
+
+def test_starved_against_a_loop_in_batches():
+    generator = torch.Generator().manual_seed(3)
+    t = torch.rand(40, 3, 9, generator=generator, dtype=torch.float64) ** 6
+    n = (torch.rand(40, 3, 9, generator=generator) ** 2 * 50).long()
+    expected = [
+        [
+            sum(m / sum(ms) >= 0.5 / 9 and x / sum(xs) < 0.1 / 9 for x, m in zip(xs, ms, strict=True)) / 9
+            for xs, ms in zip(*pair, strict=True)
+        ]
+        for pair in zip(t.tolist(), n.tolist(), strict=True)
+    ]
+    found = starved_fraction(t, n)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-15)
+    assert len(found.unique()) > 3
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [*FAMILY.values(), *(lambda t, of=of: of(t, torch.ones(t.shape)) for of in (fhs_per_token, starved_fraction))],
+)
 def test_bad_traces(metric):
     for shape in ((), (0,), (3, 0)):
         with pytest.raises(ValueError, match=r"^traces must be \(\.\.\., E\) with at least one expert, got \("):
@@ -205,17 +253,21 @@ def test_other_bad_input():
     t = torch.ones(4)
     with pytest.raises(ValueError, match=r"^tokens must be \(4,\), got \(3,\)$"):
         fhs_per_token(t, torch.ones(3))
+    with pytest.raises(ValueError, match=r"^counts must be \(4,\), got \(3,\)$"):
+        starved_fraction(t, torch.ones(3))
     for rare in (0, -1, math.nan):
         with pytest.raises(ValueError, match=f"^rare must be positive, got {rare}$"):
             fhs_per_token(t, torch.ones(4), rare)
     with pytest.raises(ValueError, match=r"^tokens must be finite and not negative, got -1$"):
         fhs_per_token(t, torch.tensor([1, 2, -1, 3]))
+    with pytest.raises(ValueError, match=r"^counts must be finite and not negative, got -1$"):
+        starved_fraction(t, torch.tensor([1, 2, -1, 3]))
 
 
 def test_no_value_is_read_back_off_the_cpu():
     """A meta tensor has no values: whoever reads one fails."""
     t = torch.ones(2, 4, device="meta")
-    for metric in (*FAMILY.values(), lambda t: fhs_per_token(t, t)):
+    for metric in (*FAMILY.values(), lambda t: fhs_per_token(t, t), lambda t: starved_fraction(t, t)):
         assert metric(t).shape == (2,)
 
 
@@ -223,7 +275,7 @@ def test_compiles_without_graph_breaks():
     t, n = positive(2, 4, dtype=torch.float32), torch.tensor([[3, 0, 1, 9], [1, 1, 1, 1]])
 
     def family(t, n):
-        return *(metric(t) for metric in FAMILY.values()), fhs_per_token(t, n)
+        return *(metric(t) for metric in FAMILY.values()), fhs_per_token(t, n), starved_fraction(t, n)
 
     torch._dynamo.reset()
     compiled = torch.compile(family, fullgraph=True, backend="aot_eager")

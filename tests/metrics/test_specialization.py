@@ -364,7 +364,7 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match="experts"):
         fsi_velocity(p, distributions(3, 5))
     for mean_root in (torch.ones(3), torch.ones(1, 4)):
-        with pytest.raises(ValueError, match=r"mean_p and mean_root_p must be \(E,\), got"):
+        with pytest.raises(ValueError, match=r"mean_p and mean_root_p must be \(\.\.\., E\), got"):
             dispersion_from_means(torch.ones(4), mean_root)
 
 

@@ -41,6 +41,10 @@ def test_the_mean_kl_is_at_the_limit_and_never_above(kind, manifold, scores, lim
     # The rows of a sphere start from norms that were rounded to fp32.
     rounding = 1e-4 if manifold == "sphere" else 1e-6
     assert float(movement.moved) == pytest.approx(math.sqrt(2 * moved), rel=rounding)
+    flips = [p.index(max(p)) != q.index(max(q)) for p, q in zip(before.tolist(), after.tolist(), strict=True)]
+    assert any(flips) or limit < 0.8
+    # Of all 400 tokens, which are fewer than are kept; one at a tie may fall either way.
+    assert float(movement.flipped) == pytest.approx(sum(flips) / len(flips), abs=1 / 400 + 1e-9)
     assert moved <= most * (1 + 2 * rounding)
     turning = manifold in ("polar", "sphere", "orthonormal") and limit == 0.8
     if float(movement.limited) and not turning:  # where rows turn all around, the KL is not monotonic in the scale
@@ -97,6 +101,27 @@ def test_the_scale_of_the_loss_does_not_change_a_limited_step(manifold, second_m
     # To the tolerance of the limit: a bracket may end at another place within it.
     p, q = (probabilities(model, x) for model in models)
     assert mean_kl(p, q) < 1e-4 * 0.01**2 / 2
+
+
+@pytest.mark.parametrize("tokens", [400, 3000])
+def test_flips_are_counted_among_the_tokens_that_count(tokens):
+    """A shift of one expert's logit flips, of the tokens not masked, those that preferred another by less."""
+    x, model = inputs("random", tokens=tokens), Router(bias=True)
+    masked = torch.arange(tokens) % 3 == 0
+    optimizer = mg.NaturalGradient(model, limit=None, lr=0.5, momentum=0.0)
+    with torch.no_grad():
+        logits = model(x)
+    with optimizer.tokens(~masked):
+        (-model(x)[~masked, 2].mean()).backward()
+    before = torch.cat([model.router.weight, model.router.bias[:, None]], 1).detach().clone()
+    optimizer.step()
+    change = torch.cat([model.router.weight, model.router.bias[:, None]], 1).detach() - before
+    after = logits + torch.cat([x, torch.ones(tokens, 1)], 1) @ change.T
+    flips = (logits.argmax(1) != after.argmax(1))[~masked].double().mean()
+    assert 0.1 < float(flips) < 0.9
+    assert float((logits.argmax(1) != after.argmax(1)).double().mean()) != pytest.approx(float(flips), abs=1e-4)
+    exact = 1e-9 if tokens == 400 else 0.08  # at most 512 rows are kept: three standard errors
+    assert float(optimizer.movement.flipped) == pytest.approx(float(flips), abs=exact)
 
 
 # --- the direction

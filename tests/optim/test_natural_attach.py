@@ -35,7 +35,15 @@ def test_routers_move_by_the_limit_and_the_rest_by_the_optimizer(manifold):
     optimizer.zero_grad()
     backward(model, seed=2)
     optimizer.step()
-    assert geometry.metrics()["geometry/movement_next"] == pytest.approx(LIMIT, rel=0.5)
+    found = geometry.metrics()
+    assert found["geometry/movement_next"] == pytest.approx(LIMIT, rel=0.5)
+    assert 0 <= found["geometry/flip_rate"] < 0.5
+    state = geometry.state_dict()
+    del state["numbers"]["flipped"]  # a state of before there was such a number
+    geometry.load_state_dict(state)
+    loaded = geometry.metrics()
+    assert "geometry/flip_rate" not in loaded
+    assert loaded["geometry/movement"] == found["geometry/movement"]
 
 
 def test_the_size_of_the_groups_rate_does_not_matter_its_schedule_does():
