@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import simplex
+from ..geometry.rows import OrthonormalRows, UnitRows
 from ..optim.stack import bias_of
 from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
@@ -212,24 +213,24 @@ def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
     return None
 
 
-def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | GeometricRouter | None:
-    """Return what carries a router's temperature: its own, or the weight and the bias; None if nothing does."""
-    from ..geometry.rows import OrthonormalRows, UnitRows
-
+def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | None:
+    """Return what a temperature divides, beside that of a cosine router: weight and bias; None if nothing can be."""
     site = plant.sites[layer]
-    if isinstance(site.module, GeometricRouter) and site.module.manifold == "sphere":
-        return site.module
-    if isinstance(manifold_of(site.weight), UnitRows | OrthonormalRows):
-        return None
-    bias = bias_of(site)
-    return [site.weight] if bias is None else [site.weight, bias]
+    bias = [bias for bias in (bias_of(site),) if bias is not None]
+    if _cosine(plant, layer) is not None:
+        return bias
+    return None if isinstance(manifold_of(site.weight), UnitRows | OrthonormalRows) else [site.weight, *bias]
+
+
+def _cosine(plant: Plant, layer: str) -> GeometricRouter | None:
+    module = plant.sites[layer].module
+    return module if isinstance(module, GeometricRouter) and module.manifold == "sphere" else None
 
 
 @torch.no_grad()
 def _divide(plant: Plant, layer: str, factor: float) -> None:
-    scaled = _scaled(plant, layer)
-    if isinstance(scaled, GeometricRouter):
-        scaled.set_temperature(scaled.temperature * factor)
-    else:
-        for parameter in scaled or ():
-            parameter.div_(factor)
+    cosine = _cosine(plant, layer)
+    if cosine is not None:
+        cosine.set_temperature(cosine.temperature * factor)
+    for parameter in _scaled(plant, layer) or ():
+        parameter.div_(factor)

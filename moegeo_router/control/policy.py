@@ -7,6 +7,7 @@ this: better a clear report than a loop that oscillates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,14 +18,12 @@ from .signals import Signals
 from .thresholds import FAILURES
 from .track import WARNING
 
-#: Judgements "helping, not yet well" in a row after which a case is closed as not sufficient.
-EXTENSIONS = 1
-
 #: An intervention that helped and did not suffice is ordered this often before the next rung.
 REPEATS = 3
 
-#: A signal that was getting worse is expected to have got worse by at most this, from its release to critical being 1.
-MOST_EXPECTED = 1.0
+#: What gets worse at most at this part of its former pace has been slowed: averages still show half of it when the
+#: signal itself has stopped at once.
+SLOWED = 2 / 3
 
 #: Interventions that make sense only where experts are dead.
 NEEDS_DEAD = ("revive",)
@@ -43,7 +42,8 @@ class Case:
         trend: of the badness, then.
         loss: then.
         strength: how often it was ordered.
-        extensions: how often the judgement was put off.
+        judged: when it was judged last.
+        left: the badness at that judgement.
     """
 
     layer: str
@@ -54,7 +54,8 @@ class Case:
     trend: float
     loss: float
     strength: int = 1
-    extensions: int = 0
+    judged: int = -1
+    left: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,20 +206,20 @@ class Policy:
 
     def _judge(self, layer: str, step: int, signals: Signals) -> list[Decision]:
         case, config = self._cases[layer], self._config
-        passed = step - case.step
-        if passed < config.settle * (case.extensions + 1):
+        if step - max(case.step, case.judged) < config.settle:
             return []
         badness, (loss, noise) = signals.badness(layer, case.failure), signals.loss
         well = signals.severity(layer, case.failure) < WARNING
-        # A brake stops what gets worse and makes nothing better by itself: it is held against where things were going.
-        expected = case.badness + min(case.trend * passed, MOST_EXPECTED)
-        better = expected - badness >= config.least_gain
+        # A brake makes nothing better by itself: it has helped if what was getting worse does so clearly more slowly.
+        grew = case.trend * config.settle >= config.least_gain
+        slowed = grew and signals.trend(layer, case.failure) <= SLOWED * case.trend
+        better = slowed or case.badness - badness >= config.least_gain
         # What is not known (no loss was told) is no objection.
         costly = loss - case.loss > config.loss_margin * noise
         numbers = f"{_numbers(signals, layer, case.failure) or 'well'}; loss {case.loss:.4g} -> {loss:.4g}"
         if (well or better) and not costly:
-            if not well and case.extensions < EXTENSIONS:
-                case.extensions += 1
+            if not well and case.left - badness >= config.least_gain:  # while it goes on to get better, it may
+                case.judged, case.left = step, badness
                 return []
             if not well and case.strength < REPEATS:
                 record = self._record(layer)

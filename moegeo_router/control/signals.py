@@ -161,7 +161,7 @@ class Signals:
             if math.isfinite(track.fast.value):
                 badness = row.sign * (track.fast.value - row.release) / width
                 slope = track.slope(row) / width if row.trend else 0.0
-                found.append((max(0.0, badness), max(0.0, slope)))
+                found.append((max(0.0, badness), slope if slope > 0 else 0.0))  # NaN is none
         return found
 
     def worst(self, layer: str, failure: str) -> dict[str, float]:

@@ -48,6 +48,7 @@ class Track:
         fast: average over the table's time constant: what is compared with the thresholds.
         slow: average over five times that.
         noise: average absolute deviation from the slow one.
+        change: average of the fast one's changes, a step, over half its time constant.
         cusum: sum of the deviations to the bad side beyond the slack, never below 0.
         level: how bad it is: calm, drift, warning or critical.
         since: the step since which it is at least a warning; -1: it is not.
@@ -56,6 +57,7 @@ class Track:
     fast: Average
     slow: Average
     noise: Average
+    change: Average
     cusum: float = 0.0
     level: int = CALM
     since: int = -1
@@ -63,23 +65,24 @@ class Track:
     @classmethod
     def new(cls) -> Track:
         """Return one that has seen nothing."""
-        return cls(Average(), Average(), Average())
+        return cls(Average(), Average(), Average(), Average())
 
     def update(self, value: float, step: int, threshold: Threshold) -> None:
         """Take in the value of a step; what is not finite counts as it is, and leaves the averages alone."""
         if not math.isfinite(value):
             return
-        before = self.slow.value
+        before = self.fast.value
         self.fast.add(value, threshold.smoothing)
         if threshold.trend:
-            self._drift(value, before, threshold)
+            if math.isfinite(before):
+                self.change.add(self.fast.value - before, max(1.0, threshold.smoothing / 2))
+            self._drift(value, threshold)
         if step > threshold.warmup:
             self._judge(step, threshold)
 
     def slope(self, threshold: Threshold) -> float:
-        """Return how fast the average moves to the bad side, a step: two averages of a line are apart by their lags."""
-        gap = self.fast.value - self.slow.value
-        return threshold.sign * gap / (threshold.smoothing * (SLOW - 1))
+        """Return how fast the average moves to the bad side, a step; NaN before the second value."""
+        return threshold.sign * self.change.value
 
     def state(self) -> dict[str, Any]:
         """Return plain numbers."""
@@ -88,10 +91,11 @@ class Track:
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Track:
         """Return the track of ``state()``."""
-        averages = {name: Average(**state[name]) for name in ("fast", "slow", "noise")}
+        averages = {name: Average(**state[name]) for name in ("fast", "slow", "noise", "change")}
         return cls(**averages, cusum=state["cusum"], level=state["level"], since=state["since"])
 
-    def _drift(self, value: float, before: float, threshold: Threshold) -> None:
+    def _drift(self, value: float, threshold: Threshold) -> None:
+        before = self.slow.value
         if math.isfinite(before):
             deviation = value - before
             noise = self.noise.value

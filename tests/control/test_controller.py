@@ -81,8 +81,9 @@ def test_dead_experts_are_revived_after_the_gentler_ways():
     orders = [
         order
         for step in range(1, 200)
-        for decision, order in made.update(reading(step, counts=counts)).orders
+        for decision, orders in made.update(reading(step, counts=counts)).orders
         if decision.kind == "apply"
+        for order in orders
     ]
     assert [order.dead for order in orders] == [(1, 2)] * 3
     assert orders[0].load[0] == pytest.approx(800 / 1300)
@@ -157,3 +158,57 @@ def test_a_loss_that_gives_its_progress_back_is_divergence_whatever_its_scale():
         found = {(e.detail["metric"], e.detail["level"]) for e in events if e.step > 199}
         assert ("progress_lost", "critical") in found
         assert not [e for e in events if e.step <= 199]
+
+
+def test_a_brake_is_held_against_where_things_were_going():
+    def events_of(values):
+        made = controller(settle=25, ladders={"expert collapse": ["speed"]})
+        return run(made, [reading(step, fsi=fsi) for step, fsi in enumerate(values, start=1)])
+
+    def first(events, *kinds):
+        return next(e for e in events if e.detail.get("kind") in kinds)
+
+    rising = [0.1] * 60 + [0.1 + 0.005 * step for step in range(150)]
+    at = first(events_of(rising), "apply").step
+    stopped = rising[:at] + [rising[at]] * 100
+    assert first(events_of(stopped), "keep", "undo").detail["kind"] == "keep", "no better, and it was getting worse"
+    assert first(events_of([0.4] * 200), "keep", "undo").detail["kind"] == "undo", "no better, and it stood still"
+
+
+def test_what_helps_and_does_not_suffice_is_ordered_again_and_stronger_before_the_next_rung():
+    made, fsi, orders = controller(least_gain=0.2), 1.0, []
+    for step in range(1, 900):
+        for decision, found in made.update(reading(step, fsi=fsi)).orders:
+            orders.append((decision.kind, decision.name, found[0].strength))
+            if decision.kind == "apply" and decision.name == "regularizers":
+                fsi -= 0.12  # from the release to critical it is 0.25
+    applied = [(name, strength) for kind, name, strength in orders if kind == "apply"]
+    assert applied[:4] == [("regularizers", 1), ("regularizers", 2), ("regularizers", 3), ("prior", 1)]
+    assert not [name for kind, name, _ in orders if kind == "undo" and name == "regularizers"]
+
+
+def test_of_equally_bad_failures_the_cause_is_acted_on_first():
+    readings = [reading(step, fsi=0.9, scalars={"z_loss": 900.0}) for step in range(1, 100)]
+    made = controller(thresholds={"logit_scale": {"warmup": 50}})
+    applied = [e.detail["name"] for e in run(made, readings) if e.detail.get("kind") == "apply"]
+    assert applied[0] == "temperature"
+
+
+def test_what_could_not_be_done_costs_no_budget():
+    made, applied = controller(layer_budget=1), []
+    for step in range(1, 120):
+        for decision, _ in made.update(reading(step, fsi=0.9)).orders:
+            applied += [decision.name] if decision.kind == "apply" else []
+            if decision.name in ("regularizers", "prior") and decision.kind == "apply":
+                made.refuse(decision, "cannot")
+    assert applied == ["regularizers", "prior", "speed"]
+
+
+def test_a_layer_that_was_given_up_is_acted_on_again_after_it_was_well_for_long():
+    values = [0.9] * 200 + [0.05] * 150 + [0.9] * 60
+    made = controller(release_after=50, layer_budget=20)
+    events = run(made, [reading(step, fsi=fsi) for step, fsi in enumerate(values, start=1)])
+    (given_up,) = [e.step for e in events if e.detail.get("kind") == "give up"]
+    again = [e.step for e in events if e.detail.get("kind") == "apply" and e.step > given_up]
+    assert again
+    assert again[0] > 350

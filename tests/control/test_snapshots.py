@@ -25,13 +25,13 @@ OPTIMIZERS = {
 }
 
 
-def watched(step, make=OPTIMIZERS["adamw"], model=None):
+def watched(step, make=OPTIMIZERS["adamw"], model=None, manifold="polar", controller="observe"):
     """A training whose controller only watches: nothing but the snapshots moves anything back."""
     model = collapsing() if model is None else model
-    mg.geometrize(model)
+    mg.geometrize(model, manifold=manifold, allow_change=manifold != "polar")
     optimizer = make(model.parameters())
     config = mg.GeometryConfig(
-        top_k=2, renormalize=False, step=step, controller="observe", regularizers=mg.Regularizers.none()
+        top_k=2, renormalize=False, step=step, controller=controller, regularizers=mg.Regularizers.none()
     )
     return model, optimizer, mg.attach(model, optimizer, config)
 
@@ -251,11 +251,11 @@ def test_it_gets_slower_than_it_was_and_back_to_that(step):
 
     def speed():
         if step == "natural":
-            return plant.speed_factors.get("0.gate", {}).get("rollback", 1.0)
+            return plant.speed_of("0.gate", "rollback")
         return plant.damper.factors.get("0.gate", 1.0)
 
     if step is None:
-        plant.damper.factors["0.gate"] = 0.25  # an intervention that stands
+        plant.set_speed("0.gate", "router_lr", 0.25)  # an intervention that stands
     start = speed()
     first = rollback.apply(plant, order)
     assert speed() == start / 2
