@@ -1,36 +1,14 @@
 """Real processes: a full run, Ctrl-C and kill -9 in the middle, mistakes that hydra finds; and that it learns."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from moegeo_router.loggers import read_jsonl
+from tests.support.processes import start, wait_for_rows
 from tests.support.runs import tiny, tiny_overrides, train_rows
 from trainers.train import train
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def start(*overrides: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "trainers.train", *overrides]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for_rows(directory: Path, process: subprocess.Popen[str], count: int) -> None:
-    path, deadline = directory / "metrics.jsonl", time.monotonic() + 120
-    while not path.exists() or len(path.read_bytes().splitlines()) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
