@@ -11,8 +11,9 @@ from tests.support.studies import region_row, tiny_run
 from trainers import stress
 from trainers.studies import faults as faults_module
 from trainers.studies import runs as runs_module
+from trainers.studies.events import first_alert
 from trainers.studies.faults import ARMS, HEALTHY, LANGUAGE_ONLY, Faults, faults
-from trainers.studies.faults_report import first_alert, write_faults
+from trainers.studies.faults_report import write_faults
 from trainers.studies.rows import read_rows
 from trainers.studies.runs import DataCache, MemoryLogger, StudyError, configurations, train_run
 
