@@ -14,6 +14,8 @@ from trainers.studies.comparison import COMPARISONS, comparison
 from trainers.studies.comparison_report import write_comparison
 from trainers.studies.faults import Faults
 from trainers.studies.faults_report import write_faults
+from trainers.studies.healthy import Healthy
+from trainers.studies.healthy_report import write_healthy
 from trainers.studies.region import ARMS, BALANCES, MULTIPLIERS, Region
 from trainers.studies.region_report import write_report
 from trainers.studies.rows import Row, read_rows
@@ -29,7 +31,7 @@ SMOKE: dict[str, Any] = {
     "arms": ("linear_adamw", "polar_riemannian"),
     "multipliers": (1.0, 64.0),
 }
-SMOKE_FAULTS: dict[str, Any] = {"seeds": 1, "tokens": 16 * 1024, "smoke": True}
+SMOKE_PAIRS: dict[str, Any] = {"seeds": 1, "tokens": 16 * 1024}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    run = {"region": region, "faults": faults}.get(options.study, compare)
+    run = {"region": region, "faults": faults, "healthy": healthy}.get(options.study, compare)
     try:
         run(options, shlex.join([*PROGRAM.split(), *arguments]))
     except KeyboardInterrupt:
@@ -67,7 +69,7 @@ def region(options: argparse.Namespace, command: str) -> None:
         StudyError: as from ``run_study``, or no rows to report.
     """
     out = _folder(options)
-    rows = _rows(options, command, [] if options.report else Region(**_grid(options)).runs())
+    rows = _rows(options, command, [] if options.report else Region(**_grid(options, SMOKE)).runs())
     for written in write_report(rows, out):
         print(written)
 
@@ -78,10 +80,18 @@ def faults(options: argparse.Namespace, command: str) -> None:
     Raises:
         StudyError: as from ``run_study``, or no rows to report.
     """
-    grid = SMOKE_FAULTS if options.smoke else {}
-    given = {"seeds": options.seeds, "tokens": options.tokens}
-    runs = Faults(**grid | {name: value for name, value in given.items() if value is not None}).runs()
+    runs = Faults(**_grid(options, SMOKE_PAIRS)).runs()
     print(write_faults(_rows(options, command, runs), _folder(options)))
+
+
+def healthy(options: argparse.Namespace, command: str) -> None:
+    """Run the study of healthy runs, or only write its report.
+
+    Raises:
+        StudyError: as from ``run_study``, or no rows to report.
+    """
+    runs = Healthy(**_grid(options, SMOKE_PAIRS)).runs()
+    print(write_healthy(_rows(options, command, runs), _folder(options)))
 
 
 def compare(options: argparse.Namespace, command: str) -> None:
@@ -121,10 +131,11 @@ def _rows(options: argparse.Namespace, command: str, runs: Sequence[Run]) -> Seq
     return rows
 
 
-def _grid(options: argparse.Namespace) -> dict[str, Any]:
+def _grid(options: argparse.Namespace, smoke: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say what is run: those that the study has and that were given."""
     names = ("seeds", "tokens", "arms", "multipliers", "balances", "data")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return (SMOKE | {"smoke": True} if options.smoke else {}) | given
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    return (smoke | {"smoke": True} if options.smoke else {}) | given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,6 +162,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(broken, "faults", 3)
     broken.add_argument("--tokens", type=int, help="of one training (300000)")
+    calm = studies.add_parser(
+        "healthy",
+        help="healthy runs and the controller",
+        description="Train what needs no repair, with and without the controller.",
+        allow_abbrev=False,
+    )
+    _common(calm, "healthy", 28)
+    calm.add_argument("--tokens", type=int, help="of one training (370000)")
     for name, study in COMPARISONS.items():
         own = studies.add_parser(name, help=study.title.lower(), description=study.question, allow_abbrev=False)
         _common(own, name, study.seeds)

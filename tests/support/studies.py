@@ -70,3 +70,15 @@ def region_row(
             "loop": {"steps": 390},
         },
     } | changes
+
+
+def alert(step: int, level: str, failure: str = "expert collapse", **more: Any) -> dict[str, Any]:
+    """An event of a row, as the controller's alerts are kept."""
+    found = {"event": "alert", "step": step, "level": level, "title": "t", "layer": "layer0", "failure": failure}
+    return found | more
+
+
+def decision(step: int, kind: str, name: str, **more: Any) -> dict[str, Any]:
+    """An event of a row, as the controller's decisions are kept."""
+    event = "action" if kind in ("apply", "undo", "release") else "outcome"
+    return {"event": event, "step": step, "level": "info", "title": "t", "kind": kind, "name": name, **more}

@@ -7,12 +7,13 @@ import json
 import pytest
 
 from moegeo_router.loggers import NullLogger
-from tests.support.studies import region_row, tiny_run
+from tests.support.studies import alert, decision, region_row, tiny_run
 from trainers import stress
 from trainers.studies import faults as faults_module
 from trainers.studies import runs as runs_module
+from trainers.studies.events import first_alert
 from trainers.studies.faults import ARMS, HEALTHY, LANGUAGE_ONLY, Faults, faults
-from trainers.studies.faults_report import first_alert, write_faults
+from trainers.studies.faults_report import write_faults
 from trainers.studies.rows import read_rows
 from trainers.studies.runs import DataCache, MemoryLogger, StudyError, configurations, train_run
 
@@ -156,15 +157,6 @@ def test_the_events_of_a_run_are_in_its_outcome(tmp_path, monkeypatch):
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
-
-
-def alert(step: int, level: str, failure: str = "expert collapse") -> dict[str, object]:
-    return {"event": "alert", "step": step, "level": level, "title": "t", "layer": "layer0", "failure": failure}
-
-
-def decision(step: int, kind: str, name: str, **more: object) -> dict[str, object]:
-    event = "action" if kind in ("apply", "undo", "release") else "outcome"
-    return {"event": event, "step": step, "level": "info", "title": "t", "kind": kind, "name": name, **more}
 
 
 def row(fault: str, controller: str, seed: int, loss: float | None, dead: float = 0.0, events=(), onset: int = 100):

@@ -5,7 +5,7 @@ A fault is the healthy setting with one thing changed, so a load-balance loss is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,9 @@ VISION_SMOKE_SIZE = (
     "data.valid_images=64",
 )
 
+#: Text that is built in a moment.
+SMOKE_DATA = ("data.max_bytes=600000",)
+
 #: Arms of every setting.
 SETTINGS: Mapping[str, tuple[str, ...]] = {"language": tuple(ARMS), "vision": ("linear_adamw",)}
 
@@ -82,6 +85,33 @@ def faults(setting: str, arm: str, steps: int) -> dict[str, tuple[tuple[str, ...
         "bf16_logits": (("fault=bf16_logits",), 0),
     }
     return {name: fault for name, fault in found.items() if setting == "language" or name not in LANGUAGE_ONLY}
+
+
+def healthy(setting: str, *, seed: int, steps: int, smoke: bool = False) -> list[str]:
+    """Return the overrides of a healthy run, those of its arm left out.
+
+    Args:
+        setting: a key of ``SETTINGS``.
+        seed: of the model and of the data's order.
+        steps: of the run.
+        smoke: a toy model on few data.
+    """
+    language = (*(SMOKE_SIZE if smoke else SIZE), "data=stdlib", *(SMOKE_DATA if smoke else ()))
+    vision = VISION_SMOKE_SIZE if smoke else VISION_SIZE
+    return [
+        *(language if setting == "language" else vision),
+        f"loop.steps={steps}",
+        f"loop.warmup={_warmup(steps)}",
+        "geometry.regularizers.fsi=0.0",
+        "geometry.regularizers.balance=0.01",
+        "geometry.regularizers.balance_scope=micro_batch",
+        f"seed={seed}",
+        f"data.seed={seed}",
+    ]
+
+
+def _warmup(steps: int) -> int:
+    return max(1, round(0.05 * steps))
 
 
 def controllers() -> tuple[str, ...]:
@@ -137,23 +167,8 @@ class Faults:
             for controller in controllers()
         ]
 
-    def _common(self, setting: str, seed: int) -> Sequence[str]:
-        language = SMOKE_SIZE if self.smoke else SIZE
-        vision = VISION_SMOKE_SIZE if self.smoke else VISION_SIZE
-        return [
-            *((*language, "data=stdlib") if setting == "language" else vision),
-            f"loop.steps={self.steps}",
-            f"loop.warmup={_warmup(self.steps)}",
-            "geometry.regularizers.fsi=0.0",
-            "geometry.regularizers.balance=0.01",
-            "geometry.regularizers.balance_scope=micro_batch",
-            f"seed={seed}",
-            f"data.seed={seed}",
-        ]
-
-
-def _warmup(steps: int) -> int:
-    return max(1, round(0.05 * steps))
+    def _common(self, setting: str, seed: int) -> list[str]:
+        return healthy(setting, seed=seed, steps=self.steps, smoke=self.smoke)
 
 
 def _switched(controller: str) -> tuple[str, ...]:

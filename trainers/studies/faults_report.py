@@ -6,15 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from trainers.studies.events import CRITICAL, WARNING, decisions, failures, first_alert
 from trainers.studies.faults import HEALTHY
 from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
 from trainers.studies.rows import Row, by_seed, reasons
-
-#: Levels of alerts from which on they count as warnings and as critical.
-WARNING, CRITICAL = ("warning", "error"), ("error",)
 
 #: How an intervention, or the controller's patience with a layer, can end, by the kind of the decision.
 ENDINGS = {"keep": "helped", "undo": "undone", "release": "released", "give up": "gave up"}
@@ -82,39 +79,11 @@ def _alerts(rows: Sequence[Row]) -> Iterator[str]:
             fault,
             _first(on, WARNING),
             _first(on, CRITICAL),
-            _counted(mode for row in on for mode in _failures(row)),
-            _counted(str(event.get("name")) for row in on for event in _decisions(row, "apply")),
-            _counted(ENDINGS[kind] for row in on for kind in ENDINGS for _ in _decisions(row, kind)),
+            _counted(mode for row in on for mode in failures(row)),
+            _counted(str(event.get("name")) for row in on for event in decisions(row, "apply")),
+            _counted(ENDINGS[kind] for row in on for kind in ENDINGS for _ in decisions(row, kind)),
         ]
         yield f"| {' | '.join(cells)} |"
-
-
-def first_alert(row: Row, levels: Sequence[str]) -> int | None:
-    """Return the steps from the beginning of a row's fault to its first alert of these levels; None without one."""
-    onset = row["labels"]["onset"]
-    found = [event["step"] for event in _alerts_of(row) if event["level"] in levels and event["step"] > onset]
-    return min(found) - onset if found else None
-
-
-def _alerts_of(row: Row) -> list[Mapping[str, Any]]:
-    return [event for event in row.get("events", []) if event["event"] == "alert"]
-
-
-def _decisions(row: Row, kind: str) -> list[Mapping[str, Any]]:
-    """Return the decisions of a kind that were carried out."""
-    events = [event for event in row.get("events", []) if event["event"] != "alert" and event.get("kind") == kind]
-    refused = [_identity(event) for event in events if "reason" in event]  # ordered, then found impossible
-    return [event for event in events if event.get("taken", True) and _identity(event) not in refused]
-
-
-def _identity(event: Mapping[str, Any]) -> tuple[Any, ...]:
-    return event["step"], event.get("layer"), event.get("name")
-
-
-def _failures(row: Row) -> set[str]:
-    onset = row["labels"]["onset"]
-    found = [event for event in _alerts_of(row) if event["level"] in WARNING and event["step"] > onset]
-    return {str(event.get("failure")) for event in found}
 
 
 def _first(rows: Sequence[Row], levels: Sequence[str]) -> str:

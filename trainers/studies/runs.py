@@ -28,6 +28,7 @@ from trainers.data.base import Data
 from trainers.evaluation import Evaluation
 from trainers.loop import Interrupted, NonFiniteError, Trainer
 from trainers.progress import Progress, Silent
+from trainers.studies.setpoints import largest_weights
 
 #: What every run of a study begins with; a run's own overrides come after and win.
 BASE = (
@@ -118,21 +119,27 @@ class DataCache:
 
 
 class MemoryLogger(NullLogger):
-    """Keeps the rows of numbers and the alerts, and nothing else.
+    """Keeps the rows of numbers, those for programs and the alerts, and nothing else.
 
     Attributes:
         rows: of numbers.
+        records: the rows for programs, with their kind as ``event``.
         events: the alerts: ``event`` (their kind), ``step``, ``level``, ``title``, and of their fields the texts,
             numbers and switches, plain JSON.
     """
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, float]] = []
+        self.records: list[Mapping[str, Any]] = []
         self.events: list[dict[str, Any]] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep one row of numbers."""
         self.rows.append(dict(metrics))
+
+    def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
+        """Keep a row for programs."""
+        self.records.append({**fields, "event": kind})
 
     def alert(self, kind: str, title: str, text: str, level: Level, fields: Mapping[str, object], step: int) -> None:
         """Keep an alert, without its text."""
@@ -162,12 +169,12 @@ def train_run(config: Mapping[str, Any], directory: Path, data: DataCache, progr
         warnings.simplefilter("default")
         try:
             evaluation = _trained(OmegaConf.create(dict(config)), directory, data, logger, progress, outcome)
-            outcome["results"] = {**evaluation.scalars(per_layer=True), **training_results(logger.rows)}
+            outcome["results"] = {**evaluation.scalars(per_layer=True), **_of_training(logger)}
         except Interrupted:
             raise
         except NonFiniteError as error:
             outcome["status"], outcome["reason"] = "diverged", _reason(error, directory)
-            outcome["results"] = dict(training_results(logger.rows))
+            outcome["results"] = dict(_of_training(logger))
         except Exception as error:
             if disk_is_full(error):
                 raise
@@ -235,6 +242,10 @@ def _trained(
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the validation loss is {evaluation.loss}")
     return evaluation
+
+
+def _of_training(logger: MemoryLogger) -> dict[str, float]:
+    return {**training_results(logger.rows), **largest_weights(logger.records)}
 
 
 def training_results(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
