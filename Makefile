@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint bench gpu wheel-test
+.PHONY: setup demo demo-rescue test lint bench gpu wheel-test
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed  ## the environment of the tests, in .venv
@@ -20,6 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup  ## train a small MoE language model on real text, with geometry
 	$(BIN)/python -m trainers.train experiment=demo
+
+demo-rescue: setup  ## a run that is made to collapse and is repaired, beside the same run without the controller
+	$(BIN)/python -m trainers.rescue
 
 test: setup  ## the quick suite
 	$(BIN)/python -m pytest

@@ -160,8 +160,8 @@ class Signals:
             width = max(abs(row.critical - row.release), 1e-9)
             if math.isfinite(track.fast.value):
                 badness = row.sign * (track.fast.value - row.release) / width
-                slope = track.slope(row) / width if row.trend else 0.0
-                found.append((max(0.0, badness), slope if slope > 0 else 0.0))  # NaN is none
+                pace = row.sign * track.pace.value / width if row.trend else 0.0
+                found.append((max(0.0, badness), pace if pace > 0 else 0.0))  # NaN, before the second value, is none
         return found
 
     def worst(self, layer: str, failure: str) -> dict[str, float]:

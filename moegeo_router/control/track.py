@@ -48,7 +48,7 @@ class Track:
         fast: average over the table's time constant: what is compared with the thresholds.
         slow: average over five times that.
         noise: average absolute deviation from the slow one.
-        change: average of the fast one's changes, a step, over half its time constant.
+        pace: average of the fast one's changes, a step, over half its time constant: soon to show that a trend turns.
         cusum: sum of the deviations to the bad side beyond the slack, never below 0.
         level: how bad it is: calm, drift, warning or critical.
         since: the step since which it is at least a warning; -1: it is not.
@@ -57,7 +57,7 @@ class Track:
     fast: Average
     slow: Average
     noise: Average
-    change: Average
+    pace: Average
     cusum: float = 0.0
     level: int = CALM
     since: int = -1
@@ -75,14 +75,15 @@ class Track:
         self.fast.add(value, threshold.smoothing)
         if threshold.trend:
             if math.isfinite(before):
-                self.change.add(self.fast.value - before, max(1.0, threshold.smoothing / 2))
+                self.pace.add(self.fast.value - before, max(1.0, threshold.smoothing / 2))
             self._drift(value, threshold)
         if step > threshold.warmup:
             self._judge(step, threshold)
 
     def slope(self, threshold: Threshold) -> float:
-        """Return how fast the average moves to the bad side, a step; NaN before the second value."""
-        return threshold.sign * self.change.value
+        """Return how fast the average moves to the bad side, a step: two averages of a line are apart by their lags."""
+        gap = self.fast.value - self.slow.value
+        return threshold.sign * gap / (threshold.smoothing * (SLOW - 1))
 
     def state(self) -> dict[str, Any]:
         """Return plain numbers."""
@@ -91,7 +92,7 @@ class Track:
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Track:
         """Return the track of ``state()``."""
-        averages = {name: Average(**state[name]) for name in ("fast", "slow", "noise", "change")}
+        averages = {name: Average(**state[name]) for name in ("fast", "slow", "noise", "pace")}
         return cls(**averages, cusum=state["cusum"], level=state["level"], since=state["since"])
 
     def _drift(self, value: float, threshold: Threshold) -> None:

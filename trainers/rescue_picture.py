@@ -1,0 +1,108 @@
+"""The picture of two runs side by side: what the controller saw, what it did, and how it went without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moegeo_router.control.thresholds import THRESHOLDS
+
+if TYPE_CHECKING:
+    from trainers.rescue import Course
+
+#: Title of a panel, and the metric whose thresholds it shows.
+PANELS = (
+    ("loss", None),
+    ("FSI, worst layer", "fsi"),
+    ("dead experts", "dead_fraction"),
+    ("logit scale", "logit_scale"),
+)
+
+WITHOUT, WITH, ACTION = "#b04030", "#2060a0", "#888888"
+
+#: Time constant of the drawn averages, in steps.
+SMOOTHING = 10
+
+
+def draw(courses: Sequence[Course], path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        courses: of the run without and the run with the controller.
+        path: of the PNG.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(PANELS), 1, figsize=(9, 10), sharex=True, constrained_layout=True)
+    rows = {row.metric: row for row in THRESHOLDS}
+    for axis, (label, metric) in zip(axes, PANELS, strict=True):
+        for course, colour, name in zip(courses, (WITHOUT, WITH), ("without", "with the controller"), strict=True):
+            axis.plot(*_averaged(course.scalars[label]), color=colour, label=name)
+        if metric is not None:
+            row = rows[metric]
+            axis.axhline(row.warning, color=ACTION, linestyle=":", linewidth=1)
+            axis.axhline(row.critical, color=ACTION, linestyle="--", linewidth=1)
+        axis.set_ylabel(label)
+    axes[0].set_ylim(top=_top(courses))
+    _mark(axes, actions(courses[-1]))
+    axes[0].legend(loc="upper right")
+    axes[-1].set_xlabel("step (dotted: warning, dashed: critical; numbers: interventions, below)")
+    figure.suptitle("\n".join(_legend(actions(courses[-1]))), fontsize=8, x=0.01, ha="left", y=-0.01, va="top")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def actions(course: Course) -> list[dict[str, Any]]:
+    """Return the interventions that were carried out, in their order, with how they ended."""
+    events = [] if course.outcome is None else course.outcome["events"]
+    refused = {_identity(event) for event in events if "reason" in event}
+    found = [e for e in events if e.get("kind") == "apply" and "reason" not in e and _identity(e) not in refused]
+    for event in found:
+        later = [e for e in events if e.get("kind") in ("keep", "undo") and _of(e) == _of(event)]
+        event["ended"] = next((e["kind"] for e in later if e["step"] > event["step"]), "goes on")
+    return found
+
+
+def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
+    return event["step"], *_of(event)
+
+
+def _of(event: dict[str, Any]) -> tuple[Any, ...]:
+    return event.get("layer"), event.get("name"), event.get("failure")
+
+
+def _averaged(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and the running average with its beginning's bias taken out."""
+    beta, total, weight, averages = 1 - 1 / SMOOTHING, 0.0, 0.0, []
+    for value in values:
+        total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
+        averages.append(total / weight)
+    return np.arange(1, len(values) + 1), np.array(averages)
+
+
+def _top(courses: Sequence[Course]) -> float:
+    """Return an upper limit for the loss that leaves out the first fall."""
+    return max(max(_averaged(course.scalars["loss"])[1][20:], default=1.0) for course in courses)
+
+
+def _mark(axes: Sequence[Any], done: Sequence[dict[str, Any]]) -> None:
+    for number, event in enumerate(done, start=1):
+        for axis in axes:
+            axis.axvline(event["step"], color=ACTION, linewidth=0.6)
+        height = 1.02 + 0.06 * (number % 2)
+        axes[0].text(event["step"], height, str(number), transform=axes[0].get_xaxis_transform(), ha="center", size=7)
+
+
+def _legend(done: Sequence[dict[str, Any]]) -> list[str]:
+    words = {"keep": "helped", "undo": "taken back"}
+    return [
+        f"{number}  step {event['step']}: {event['name']} against {event['failure']} in {event['layer']}, "
+        f"{words.get(event['ended'], event['ended'])}"
+        for number, event in enumerate(done, start=1)
+    ]
