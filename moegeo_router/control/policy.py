@@ -90,6 +90,8 @@ class LayerRecord:
         rungs: of each failure's ladder, the next one.
         tried: names of what was done against each failure, and how it ended.
         standing: interventions in force: name and failure, the newest last.
+        released: those that were taken back because all was well.
+        needed: those after whose release the failure came back: they are not released again.
         spent: interventions so far.
         given_up: failures that are no longer acted on.
     """
@@ -97,6 +99,8 @@ class LayerRecord:
     rungs: dict[str, int] = field(default_factory=dict)
     tried: dict[str, list[str]] = field(default_factory=dict)
     standing: list[list[str]] = field(default_factory=list)
+    released: list[list[str]] = field(default_factory=list)
+    needed: list[list[str]] = field(default_factory=list)
     spent: int = 0
     given_up: list[str] = field(default_factory=list)
 
@@ -174,7 +178,7 @@ class Policy:
         if not ladder:
             return None
         dead = signals.layers[layer].dead
-        rung = record.rungs.get(failure, 0)
+        rung = self._rung(record, failure, ladder)
         while rung < len(ladder) and ladder[rung] in NEEDS_DEAD and not dead:
             rung += 1
         why = None
@@ -196,6 +200,13 @@ class Policy:
         self._cases[layer] = Case(layer, failure, name, step, badness, trend, loss, strength)
         line = f"{name} against {failure} in {layer}: {_numbers(signals, layer, failure)}"
         return Decision(kind="apply", step=step, layer=layer, failure=failure, name=name, strength=strength, line=line)
+
+    def _rung(self, record: LayerRecord, failure: str, ladder: Sequence[str]) -> int:
+        """Return the next rung: if a failure is back, what was taken back before, which is noted as needed."""
+        missed = [entry for entry in record.released if entry[1] == failure and entry[0] in ladder]
+        record.released = [entry for entry in record.released if entry not in missed]
+        record.needed += missed
+        return ladder.index(missed[-1][0]) if missed else record.rungs.get(failure, 0)
 
     def _ladder(self, layer: str, failure: str) -> tuple[str, ...]:
         """Return the rungs that can be applied; of a failure of the whole run, in any layer."""
@@ -241,15 +252,17 @@ class Policy:
         """Take back the newest standing intervention of every layer; where none stands, all may be tried anew."""
         decisions = []
         for layer, record in self._records.items():
-            if record.standing:
-                name, failure = record.standing.pop()
+            free = [index for index, entry in enumerate(record.standing) if entry not in record.needed]
+            if free:
+                name, failure = entry = record.standing.pop(free[-1])
+                record.released.append(entry)
                 line = f"{name} in {layer} is taken back: {self._config.release_after} steps without a warning"
                 decisions.append(
                     Decision(kind="release", step=step, layer=layer, failure=failure, name=name, line=line)
                 )
             else:
-                record.rungs.clear()
-                record.given_up.clear()
+                for forgotten in (record.rungs, record.given_up, record.released):
+                    forgotten.clear()
         return decisions
 
 

@@ -212,3 +212,17 @@ def test_a_layer_that_was_given_up_is_acted_on_again_after_it_was_well_for_long(
     again = [e.step for e in events if e.detail.get("kind") == "apply" and e.step > given_up]
     assert again
     assert again[0] > 350
+
+
+def test_what_was_missed_when_it_was_released_comes_back_at_once_and_stays():
+    made, events, soft = controller(release_after=40, layer_budget=50), [], False
+    for step in range(1, 900):
+        scalars = {"z_loss": 4.0 if soft else 900.0}  # saturated, unless a temperature stands
+        for event in made.update(reading(step, scalars=scalars)).events:
+            events.append(event)
+            if event.detail.get("name") == "temperature":
+                soft = event.detail["kind"] in ("apply", "keep")
+    kinds = [(e.detail["kind"], e.detail["name"]) for e in events if e.kind != "alert"]
+    names = [kind for kind, name in kinds if name == "temperature"]
+    assert names == ["apply", "keep", "release", "apply", "keep"]
+    assert kinds == [(kind, "temperature") for kind in names]
