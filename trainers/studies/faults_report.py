@@ -11,10 +11,14 @@ from trainers.studies.events import CRITICAL, WARNING, decisions, failures, firs
 from trainers.studies.faults import HEALTHY
 from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
+from trainers.studies.recovery import LEGEND, Repair, repair, together
 from trainers.studies.rows import Row, by_seed, reasons
 
 #: How an intervention, or the controller's patience with a layer, can end, by the kind of the decision.
 ENDINGS = {"keep": "helped", "undo": "undone", "release": "released", "give up": "gave up"}
+
+#: Is judged by data of the new kind, as the healthy run is not.
+DOMAIN_SHIFT = "domain_shift"
 
 _LEGEND = (
     "Each fault is the healthy setting (load-balance loss 0.01) with one thing changed; configs/fault says what. Off "
@@ -40,12 +44,17 @@ def write_faults(rows: Sequence[Row], folder: Path) -> Path:
         folder: an existing folder.
     """
     title = "What goes wrong in a training, who notices, and what the controller makes of it."
-    lines = ["# Faults", "", title, "", *origin_lines(rows), "", _LEGEND, "", _LEGEND_OF_ALERTS]
+    lines = ["# Faults", "", title, "", *origin_lines(rows), "", _LEGEND, "", LEGEND, "", _LEGEND_OF_ALERTS]
+    every: list[Repair] = []
     for setting, arm in dict.fromkeys((row["labels"]["setting"], row["labels"]["arm"]) for row in rows):
         own = [row for row in rows if (row["labels"]["setting"], row["labels"]["arm"]) == (setting, arm)]
         lines += ["", f"## {setting}, {arm}", "", _size(own[0]), "", *_losses(own)]
         if any(row["labels"]["controller"] == "on" for row in own):
-            lines += ["", *_alerts(own)]
+            repairs = _repairs(own)
+            every += repairs
+            lines += ["", f"Together: {together(repairs)}", "", *_alerts(own)]
+    if every:
+        lines += ["", "## All settings", "", f"Together: {together(every)}"]
     path = folder / "faults.md"
     path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
     return path
@@ -60,14 +69,25 @@ def _size(row: Row) -> str:
 
 def _losses(rows: Sequence[Row]) -> Iterator[str]:
     healthy = by_seed(_of(rows, HEALTHY, "off"), "valid/loss")
-    yield "| fault | loss off | harm | loss on | on - off | dead off | dead on | diverged off | diverged on |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    names = ("fault", "loss off", "harm", "loss on", "on - off", "repaired")
+    yield f"| {' | '.join(names)} | dead off | dead on | diverged off | diverged on |"
+    yield f"|{'---|' * (len(names) + 4)}"
     for fault in _faults(rows):
         off, on = _of(rows, fault, "off"), _of(rows, fault, "on")
         losses, acted = by_seed(off, "valid/loss"), by_seed(on, "valid/loss")
-        harm = "-" if fault == HEALTHY else with_pairs(paired_difference(losses, healthy))
-        cells = [fault, _mean(losses), harm, _mean(acted), with_pairs(paired_difference(acted, losses))]
+        harm, change = (with_pairs(paired_difference(*pair)) for pair in ((losses, healthy), (acted, losses)))
+        harm, repaired = ("-", "-") if fault == HEALTHY else (harm, str(_repair(rows, fault)))
+        cells = [fault, _mean(losses), harm, _mean(acted), change, repaired]
         yield f"| {' | '.join([*cells, _dead(off), _dead(on), _diverged(off), _diverged(on)])} |"
+
+
+def _repair(rows: Sequence[Row], fault: str) -> Repair:
+    return repair(_of(rows, fault, "off"), _of(rows, fault, "on"), _of(rows, HEALTHY, "off"))
+
+
+def _repairs(rows: Sequence[Row]) -> list[Repair]:
+    """Return what became of the faults whose harm is damage."""
+    return [_repair(rows, fault) for fault in _faults(rows) if fault not in (HEALTHY, DOMAIN_SHIFT)]
 
 
 def _alerts(rows: Sequence[Row]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import covariance, fmean, stdev, variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,18 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     Raises:
         ValueError: no values, or a confidence outside of 0 … 1.
     """
-    from scipy.special import stdtrit  # type: ignore[import-untyped]  # geoopt brings scipy; only reports need it
-
     if not values or not 0 < confidence < 1:
         raise ValueError(f"expected values and 0 < confidence < 1, got {len(values)} values and {confidence}")
     n = len(values)
-    half_width = stdtrit(n - 1, 0.5 + confidence / 2) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Interval(mean=fmean(values), half_width=float(half_width), n=n)
+    half_width = _quantile(n - 1, confidence) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean=fmean(values), half_width=half_width, n=n)
+
+
+def _quantile(degrees: int, confidence: float) -> float:
+    """Return Student's two-sided quantile."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # geoopt brings scipy; only reports need it
+
+    return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def share_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -87,6 +92,56 @@ def paired_difference(
     """
     differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     return mean_interval(differences, confidence) if differences else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A ratio of two means and its confidence interval, which is not symmetric.
+
+    Attributes:
+        value: the ratio.
+        low: the interval's lower end.
+        high: its upper end.
+        n: how many pairs.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def ratio_of_means(
+    numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95
+) -> Ratio | None:
+    """Return the ratio of the means of pairs with Fieller's interval.
+
+    The interval holds every ratio r for which 0 is in Student's interval of the mean of numerator - r · denominator.
+
+    Args:
+        numerators: of independent pairs, e.g. of different seeds.
+        denominators: of the same pairs.
+        confidence: as in ``mean_interval``.
+
+    Returns:
+        The ratio; None where the denominators' own interval holds 0, or there is one pair: any ratio is possible then.
+
+    Raises:
+        ValueError: as in ``mean_interval``, or not as many denominators as numerators.
+    """
+    if len(numerators) != len(denominators):
+        raise ValueError(f"expected pairs, got {len(numerators)} numerators and {len(denominators)} denominators")
+    above, below = (mean_interval(values, confidence) for values in (numerators, denominators))
+    n = below.n
+    if not abs(below.mean) > below.half_width:
+        return None
+    # a r² - 2 b r + c <= 0
+    k = _quantile(n - 1, confidence) ** 2 / n
+    a = below.mean**2 - k * variance(denominators)
+    b = above.mean * below.mean - k * covariance(numerators, denominators)
+    c = above.mean**2 - k * variance(numerators)
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    return Ratio(value=above.mean / below.mean, low=(b - root) / a, high=(b + root) / a, n=n)
 
 
 def with_pairs(difference: Interval | None) -> str:
