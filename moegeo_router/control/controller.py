@@ -19,7 +19,7 @@ class Event:
     """Something a person should hear of.
 
     Attributes:
-        kind: ``"alert"``, ``"action"`` or ``"outcome"``.
+        kind: ``"alert"``, ``"action"``, ``"outcome"``, or once ``"notice"``: what cannot be done in this run.
         level: ``"info"``, ``"warning"`` or ``"error"``.
         step: of the optimizer.
         layer: whose.
@@ -80,6 +80,11 @@ class Controller:
             return Turn(events=events)
         orders = [(decision, self._orders(decision, reading)) for decision in decisions if decision.name]
         return Turn(events=events, orders=orders, weights=self._weights(reading))
+
+    def allow(self, available: Mapping[str, Sequence[str]]) -> None:
+        """Say anew which interventions can be applied, by layer."""
+        self._available = available
+        self.policy.allow(available)
 
     def refuse(self, decision: Decision, reason: str) -> Event:
         """Take note that an order could not be carried out."""

@@ -21,7 +21,7 @@ from .controller import Controller, Event
 from .own_signals import OwnSignals
 from .plant import Intervention, Order, Plant
 from .policy import Decision
-from .reading import LayerReading, Reading
+from .reading import RUN, LayerReading, Reading
 from .rollback import Snapshots
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class ControlLoop:
             numbers: ``loss``, sum and number of its losses, and ``skipped``, whether it was not taken; on the host.
         """
         self.step += 1
+        if self.step == 1:
+            self._survey()
         if self.step % self.controller.config.every:
             return
         total, count = numbers["loss"].tolist()
@@ -250,6 +252,7 @@ class ControlLoop:
         return {
             "step": self.step,
             "said": self._said,
+            "available": {layer: list(names) for layer, names in self.available.items()},
             "controller": self.controller.state(),
             "added": self._plant.regularization.added(),
             "brakes": self._plant.brakes(),
@@ -261,6 +264,10 @@ class ControlLoop:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state()``: with the decisions of the unbroken run."""
         self._said = state["said"]
+        self.available = {
+            layer: tuple(name for name in names if name in self._known) for layer, names in state["available"].items()
+        }
+        self.controller.allow(self.available)
         self.step, self.scalars = state["step"], None
         self.controller.load(state["controller"])
         self._plant.set_brakes(state["brakes"])
@@ -284,6 +291,27 @@ class ControlLoop:
             else:
                 intervention.undo(self._plant, standing.layer, standing.memory)
             self._set_memory(standing, memory)
+
+    def _survey(self) -> None:
+        """Look again at what can be done, when optimizers have made their moments, and say once what cannot."""
+        self.available, self.reasons = _availability(self._plant, list(self._known.values()))
+        self.controller.allow(self.available)
+        if self.controller.mode != "observe" and (notice := self._notice()) is not None:
+            self._tell(notice)
+
+    def _notice(self) -> Event | None:
+        missing: dict[str, list[str]] = {}
+        for reasons in self.reasons.values():
+            for name, reason in reasons.items():
+                missing.setdefault(name, []).append(reason)
+        if not missing:
+            return None
+        layers = len(self.available)
+        lines = [f"{name} in {len(why)} of {layers} layers ({why[0]})" for name, why in missing.items()]
+        line = f"the controller does without {'; '.join(lines)}"
+        return Event(
+            kind="notice", level="info", step=self.step, layer=RUN, title="what the controller cannot do", line=line
+        )
 
     def _set_memory(self, standing: Standing, memory: Mapping[str, Any] | None) -> None:
         if memory is None:

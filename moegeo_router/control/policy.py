@@ -114,10 +114,15 @@ class Policy:
     """
 
     def __init__(self, config: ControlConfig, available: Mapping[str, Sequence[str]]) -> None:
-        self._config, self._available = config, {name: tuple(names) for name, names in available.items()}
+        self._config = config
+        self.allow(available)
         self._records: dict[str, LayerRecord] = {}
         self._cases: dict[str, Case] = {}
         self._spent, self._calm_since = 0, -1
+
+    def allow(self, available: Mapping[str, Sequence[str]]) -> None:
+        """Say anew which interventions can be applied, by layer."""
+        self._available = {name: tuple(names) for name, names in available.items()}
 
     def decide(self, step: int, signals: Signals) -> list[Decision]:
         """Return what is to be done now, in this order."""

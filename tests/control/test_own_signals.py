@@ -12,7 +12,7 @@ import moegeo_router as mg
 from moegeo_router import replay
 from moegeo_router.loggers import JSONLLogger
 from moegeo_router.loggers.jsonl import read_jsonl
-from tests.control.test_attached import Layer, batches, fit
+from tests.control.test_attached import Layer, batches, decided, fit
 from tests.support.ranks import on_two_ranks
 
 LADDERS = {"silent capacity loss": ("apart",), "expert collapse": (), "routing oscillation": ()}
@@ -122,13 +122,13 @@ def test_it_is_seen_acted_on_and_replayed_from_the_log_without_the_class(tmp_pat
     logger.close()
     alert = next(event for event in events if event.detail.get("metric") == "twins")
     assert (alert.layer, alert.step) == ("1.gate", 6), "the one layer that has them, after the warm-up"
-    decided = [(event.detail["kind"], event.detail["name"]) for event in events if event.kind != "alert"]
-    assert decided == [("apply", "apart"), ("keep", "apart")]
+    found = [(event.detail["kind"], event.detail["name"]) for event in decided(events) if event.kind != "alert"]
+    assert found == [("apply", "apart"), ("keep", "apart")]
     assert geometry.metrics()["geometry/twins"] < 0.8
     readings = [line for line in read_jsonl(tmp_path / "metrics.jsonl") if line.get("event") == "reading"]
     assert readings[0]["layers"]["1.gate"]["scalars"]["twins"] > 0.95
     assert replay.main([str(tmp_path / "metrics.jsonl")]) == 0
-    assert f"{len(events)} events, the same as in the log" in capsys.readouterr().out
+    assert f"{len(decided(events))} events, the same as in the log" in capsys.readouterr().out
 
 
 def test_a_set_point_holds_it_and_its_row_can_be_changed():
@@ -209,7 +209,7 @@ def test_one_that_fails_is_off_from_then_on_and_nothing_else(tmp_path, capsys):
     more, _ = fit(model, geometry, optimizer, batches(20, seed=3), logger=logger, first=30)
     logger.close()
     assert replay.main([str(tmp_path / "metrics.jsonl")]) == 0
-    assert f"{len(events) + len(more)} events, the same" in capsys.readouterr().out
+    assert f"{len(decided(events)) + len(more)} events, the same" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="signal twins stays off, as in the run that goes on"):
         model, optimizer, geometry = _resumed(saved, Twins(), Most(), on_error="warn")
     assert fit(model, geometry, optimizer, batches(20, seed=3), first=30)[0] == more
