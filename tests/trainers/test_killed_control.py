@@ -33,8 +33,8 @@ FAULTS = {
         "fault=bad_init",
         "router=polar",
         "geometry.control.ladders={expert collapse:[revive,regularizers,rollback],silent capacity loss:[revive,prior],"
-        "brittle specialization:[temperature,rollback],inference bottleneck:[temperature,regularizers],"
-        "divergence:[temperature,speed,router_lr,rollback]}",
+        "brittle specialization:[speed,temperature,rollback],inference bottleneck:[temperature,regularizers],"
+        "divergence:[speed,temperature,router_lr,rollback]}",
     ),
     # After a healthy beginning, to which it goes back.
     "row_drift": (
