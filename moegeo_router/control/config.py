@@ -76,7 +76,8 @@ class SetPoint:
 
 
 SETPOINTS = (
-    SetPoint(metric="fsi_load", at_most=0.4, moves="balance"),
+    # As late as the table's warning, so that what is well is left alone.
+    SetPoint(metric="fsi_load", at_most=0.45, moves="balance"),
     SetPoint(metric="flip_rate", at_most=0.12, moves="speed", gain=0.05, proportional=1.0, most=2.0, rate=0.1),
 )
 
@@ -114,7 +115,7 @@ class ControlConfig:
     setpoints: tuple[SetPoint, ...] = SETPOINTS
     ladders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     every: int = 1
-    patience: int = 20
+    patience: int = 40
     settle: int = 25
     least_gain: float = 0.1
     loss_margin: float = 1.0
