@@ -67,7 +67,8 @@ def control_loop(
     )
     snapshots = Snapshots(plant, control.snapshot_scope, control.snapshots)
     gentle = [MoreRegularization(), PriorStep(), Temperature(), SlowDown(), CutRate()]
-    known = [*gentle, Revive(paused=paused), Rollback(snapshots), *config.interventions]
+    revive = Revive(renormalize=config.renormalize, paused=paused)
+    known = [*gentle, revive, Rollback(snapshots), *config.interventions]
     _check_names(control, known)
     frozen = [site.name for site in sites if not site.weight.requires_grad]
     if mode == "act" and len(frozen) == len(sites):

@@ -10,6 +10,8 @@ from torch import nn
 
 import moegeo_router as mg
 from moegeo_router import replay
+from moegeo_router.control import revive
+from moegeo_router.control.thresholds import FAILURES
 from moegeo_router.loggers import JSONLLogger
 from moegeo_router.loggers.jsonl import read_jsonl
 from tests.support.ranks import on_two_ranks
@@ -193,6 +195,16 @@ def test_two_ranks_with_different_data_decide_alike(tmp_path):
     assert any("non_finite" in line for line in lines), "broken on one rank, skipped on both"
     assert any(line.startswith("regularizers against") for line in lines)
     assert torch.equal(weights, other_weights)
+
+
+def test_a_revival_weighs_hidden_gates_as_the_configuration_says(monkeypatch):
+    given, place_row = [], revive.place_row
+    monkeypatch.setattr(revive, "place_row", lambda *rows, **how: given.append(how) or place_row(*rows, **how))
+    only = dict.fromkeys(FAILURES, ()) | {"silent capacity loss": ("revive",)}
+    model, optimizer, geometry = attached("act", ladders=only, thresholds={"dead_fraction": {"warmup": 5}})
+    fit(model, geometry, optimizer, batches(15))
+    assert given
+    assert not any(how["renormalize"] for how in given), "the toy's gates are not over their sum"
 
 
 def test_frozen_routers_are_only_watched():
