@@ -60,12 +60,13 @@ class Plant:
         """Multiply the speed limit of a router's natural steps; where there is none, nothing is done."""
         if self.steps is None or not self.steps.is_natural(layer):
             return
-        limit = self._limits.get(layer, self.steps.speed_limits[layer])
-        if limit is None:
-            return
-        self._limits[layer] = limit
+        if layer not in self._limits:  # reading it waits for an accelerator
+            limit = self.steps.speed_limits[layer]
+            if limit is None:
+                return
+            self._limits[layer] = limit
         self.speed_factors.setdefault(layer, {})[owner] = factor
-        self.steps.limit_speed({layer: limit * math.prod(self.speed_factors[layer].values())})
+        self.steps.limit_speed({layer: self._limits[layer] * math.prod(self.speed_factors[layer].values())})
 
     def brakes(self) -> dict[str, Any]:
         """Return factors and limits as they were found, plain numbers, for ``state_dict``."""
