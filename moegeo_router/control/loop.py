@@ -139,9 +139,9 @@ class ControlLoop:
     def _loss_sums(self, device: torch.device) -> Tensor:
         """Return sum and number of the losses since the last call, over all ranks, (2,) on ``device``."""
         losses, self._losses = self._losses, []
-        total = torch.stack([loss.double().to(device) for loss in losses]).sum() if losses else 0.0
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        sums[0], sums[1] = total, len(losses)
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        values = torch.cat([empty, *(loss.reshape(1).to(empty) for loss in losses)])
+        sums = torch.stack([values, torch.ones_like(values)]).sum(dim=-1)
         if world_size(self._plant.group) > 1:
             dist.all_reduce(sums, group=self._plant.group)
         return sums

@@ -90,8 +90,9 @@ class Plant:
     def _brake(self, layer: str) -> None:
         factor = math.prod(self.speed_factors[layer].values())
         if self.steps is not None and self.steps.is_natural(layer):
-            limit = self._limits.setdefault(layer, self.steps.speed_limits[layer])
-            if limit is not None:
+            if layer not in self._limits:  # reading it waits for an accelerator
+                self._limits[layer] = self.steps.speed_limits[layer]
+            if (limit := self._limits[layer]) is not None:
                 self.steps.limit_speed({layer: limit * factor})
         elif self.damper is not None:
             self.damper.set_factor(layer, factor)

@@ -132,7 +132,7 @@ class Policy:
             decisions += self._release(step)
             self._calm_since = step
         for layer in (*self._available, RUN):
-            if layer not in self._cases and layer in signals.layers:
+            if layer not in self._cases and layer in signals.layers and not signals.calm_in(layer):
                 decisions += self._open(layer, step, signals)
         return decisions
 

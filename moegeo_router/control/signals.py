@@ -10,7 +10,7 @@ from typing import Any
 
 from .reading import RUN, LayerReading, Reading
 from .thresholds import Threshold
-from .track import CALM, CRITICAL, DRIFT, LEVELS, WARNING, Average, Track
+from .track import CALM, CRITICAL, DRIFT, LEVELS, WARNING, Average, Averages, Track
 
 #: Experts with less than this part of the fair share 1/E are dead.
 DEAD = 0.1
@@ -58,7 +58,7 @@ class LayerSignals:
     """
 
     def __init__(self) -> None:
-        self.loads: list[Average] = []
+        self.loads = Averages([])
         self.unused: list[int] = []
         self.averages = {name: Average() for name in ("entropy_fast", "entropy_slow", *KEPT)}
         self.peaks = dict.fromkeys(KEPT, LEAST_PEAK)
@@ -67,12 +67,14 @@ class LayerSignals:
     @property
     def load(self) -> tuple[float, ...]:
         """The smoothed load shares."""
-        return tuple(share.value for share in self.loads)
+        return self.loads.values
 
     @property
     def dead(self) -> tuple[int, ...]:
         """The experts whose smoothed share is less than a tenth of the fair one."""
-        return tuple(e for e, share in enumerate(self.load) if share < DEAD / len(self.loads))
+        load = self.load
+        least = DEAD / max(len(load), 1)
+        return tuple([expert for expert, share in enumerate(load) if share < least])
 
     def values(self, reading: LayerReading) -> dict[str, float]:
         """Return the metrics of the table for one step's reading."""
@@ -92,12 +94,11 @@ class LayerSignals:
 
     def _usage(self, counts: Sequence[float], total: float) -> dict[str, float]:
         experts = len(counts)
-        if len(self.loads) != experts:
-            self.loads, self.unused = [Average() for _ in counts], [0] * experts
-        for share, count in zip(self.loads, counts, strict=True):
-            share.add(count / total, LOAD_STEPS)
+        if len(self.unused) != experts:
+            self.loads, self.unused = Averages([[0.0, 0.0]] * experts), [0] * experts
+        self.loads.add([count / total for count in counts], LOAD_STEPS)
         self.unused = [0 if count else steps + 1 for count, steps in zip(counts, self.unused, strict=True)]
-        never = sum(steps >= UNUSED_STEPS for steps in self.unused)
+        never = sum([steps >= UNUSED_STEPS for steps in self.unused])
         return {"dead_fraction": len(self.dead) / experts, "never_used_fraction": never / experts}
 
     def _entropy_slope(self, entropy: float) -> float:
@@ -172,7 +173,11 @@ class Signals:
     @property
     def calm(self) -> bool:
         """Whether nothing is a warning anywhere."""
-        return all(track.level < WARNING for layer in self.layers.values() for track in layer.tracks.values())
+        return all(self.calm_in(layer) for layer in self.layers)
+
+    def calm_in(self, layer: str) -> bool:
+        """Whether nothing is a warning in a layer."""
+        return all(track.level < WARNING for track in self.layers[layer].tracks.values())
 
     @property
     def loss(self) -> tuple[float, float]:
@@ -194,7 +199,9 @@ class Signals:
         self.layers = {name: _layer_of(layer) for name, layer in state["layers"].items()}
 
     def _layer(self, name: str) -> LayerSignals:
-        return self.layers.setdefault(name, LayerSignals())
+        if name not in self.layers:
+            self.layers[name] = LayerSignals()
+        return self.layers[name]
 
     def _of_failure(self, layer: str, failure: str) -> dict[str, Track]:
         if layer not in self.layers:
@@ -228,7 +235,9 @@ class Signals:
         for metric, row in self._table.items():
             if metric not in values:
                 continue
-            track = tracks.setdefault(metric, Track.new())
+            if metric not in tracks:
+                tracks[metric] = Track.new()
+            track = tracks[metric]
             before = track.level
             track.update(values[metric], step, row)
             if track.level != before:
@@ -263,7 +272,7 @@ def _alert(step: int, layer: str, row: Threshold, track: Track) -> Alert:
 
 def _layer_state(layer: LayerSignals) -> dict[str, Any]:
     return {
-        "loads": [[share.total, share.weight] for share in layer.loads],
+        "loads": layer.loads.pairs,
         "unused": list(layer.unused),
         "peaks": dict(layer.peaks),
         "averages": {name: [average.total, average.weight] for name, average in layer.averages.items()},
@@ -273,7 +282,7 @@ def _layer_state(layer: LayerSignals) -> dict[str, Any]:
 
 def _layer_of(state: Mapping[str, Any]) -> LayerSignals:
     layer = LayerSignals()
-    layer.loads = [Average(*pair) for pair in state["loads"]]
+    layer.loads = Averages(state["loads"])
     layer.unused, layer.peaks = list(state["unused"]), dict(state["peaks"])
     layer.averages = {name: Average(*pair) for name, pair in state["averages"].items()}
     layer.tracks = {metric: Track.of_state(track) for metric, track in state["tracks"].items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Bad = Literal["high", "low"]
@@ -68,12 +69,12 @@ class Threshold:
                 f"{self.smoothing}"
             )
 
-    @property
+    @cached_property
     def sign(self) -> int:
         """1 where high is bad, -1 where low is."""
         return 1 if self.bad == "high" else -1
 
-    @property
+    @cached_property
     def release(self) -> float:
         """The value at which a warning ends: a fifth of it on the good side, so that noise does not ring it."""
         return self.warning - self.sign * 0.2 * abs(self.warning)

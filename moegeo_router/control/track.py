@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +39,35 @@ class Average:
     def value(self) -> float:
         """The average; NaN before the first value."""
         return self.total / self.weight if self.weight else math.nan
+
+
+class Averages:
+    """Exponential averages, as ``Average``, of values that always come together.
+
+    Args:
+        pairs: total of each and the weight, which is common to all.
+    """
+
+    def __init__(self, pairs: Sequence[Sequence[float]]) -> None:
+        self._totals = [total for total, _ in pairs]
+        self._weight = pairs[0][1] if pairs else 0.0
+
+    def add(self, values: Sequence[float], steps: float) -> None:
+        """Take in a value of each; ``steps`` is the time constant."""
+        beta = 1 - 1 / steps
+        self._totals = [beta * total + (1 - beta) * value for total, value in zip(self._totals, values, strict=True)]
+        self._weight = beta * self._weight + (1 - beta)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The averages; NaN before the first values."""
+        weight = self._weight or math.nan
+        return tuple([total / weight for total in self._totals])
+
+    @property
+    def pairs(self) -> list[list[float]]:
+        """Total and weight of each, from which it is made again."""
+        return [[total, self._weight] for total in self._totals]
 
 
 @dataclass

@@ -140,15 +140,19 @@ class LayerStatistics:
         """Return the same sums with other Fisher traces (E,)."""
         return replace(self, traces=traces)
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The sums in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
     def flat(self) -> Tensor:
-        """Return all sums in one vector, in the order of the fields."""
-        return torch.cat([getattr(self, field.name) for field in fields(self)])
+        """Return all sums in one vector."""
+        return torch.cat(self.parts)
 
     def unflat(self, vector: Tensor) -> LayerStatistics:
         """Return the statistics whose ``flat()`` is ``vector``."""
-        names = [field.name for field in fields(self)]
-        parts = vector.split([len(getattr(self, name)) for name in names])
-        return LayerStatistics(**dict(zip(names, parts, strict=True)))
+        parts = vector.split([len(part) for part in self.parts])
+        return LayerStatistics(**{field.name: part for field, part in zip(fields(self), parts, strict=True)})
 
 
 class RoutingStatistics:
@@ -171,19 +175,6 @@ class RoutingStatistics:
         """Return the sums over no tokens of layers ``(name, number of experts)``."""
         return cls({name: LayerStatistics.zeros(count, device, num_domains) for name, count in experts})
 
-    def add(self, layer: str, statistics: LayerStatistics) -> None:
-        """Add one batch's sums to a layer.
-
-        Raises:
-            ValueError: a layer that is not known, or another number of experts.
-        """
-        if layer not in self.layers:
-            raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
-        known, new = self.layers[layer].num_experts, statistics.num_experts
-        if known != new:
-            raise ValueError(f"layer {layer} has {known} experts, got sums over {new}")
-        self.layers[layer] = self.layers[layer] + statistics
-
     def all_reduce(self, group: Any = None) -> RoutingStatistics:
         """Return the sums over all ranks of ``group``, by one all-reduce; itself where nothing is distributed."""
         if world_size(group) == 1:
@@ -194,11 +185,12 @@ class RoutingStatistics:
 
     def flat(self) -> Tensor:
         """Return all sums in one vector."""
-        return torch.cat([*(layer.flat() for layer in self.layers.values()), self.failures])
+        return torch.cat([*(part for layer in self.layers.values() for part in layer.parts), self.failures])
 
     def unflat(self, vector: Tensor) -> RoutingStatistics:
         """Return the statistics of these layers whose ``flat()`` is ``vector``."""
-        *parts, failures = vector.split([*(len(layer.flat()) for layer in self.layers.values()), 1])
+        sizes = [sum(len(part) for part in layer.parts) for layer in self.layers.values()]
+        *parts, failures = vector.split([*sizes, 1])
         layers = {name: layer.unflat(part) for (name, layer), part in zip(self.layers.items(), parts, strict=True)}
         return RoutingStatistics(layers, failures)
 

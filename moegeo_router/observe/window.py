@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .statistics import LayerStatistics, RoutingStatistics, world_size
 
+#: Sums of a step and other numbers of it, on the host.
+Arrived = tuple[RoutingStatistics, dict[str, Tensor]]
+
 
 class Window:
     """Collects the sums of one optimizer step; ``close`` reduces them over ranks and begins the next.
@@ -26,7 +29,7 @@ class Window:
         self.experts: dict[str, int] = {}
         self._num_domains, self._group = num_domains, group
         self._sums: dict[str, LayerStatistics] = {}
-        self._arrived: tuple[RoutingStatistics, dict[str, Tensor]] | None = None
+        self._arrived: Arrived | None = None
         self._underway: tuple[RoutingStatistics, dict[str, int], Tensor, Any] | None = None
         self.previous: RoutingStatistics | None = None
 
@@ -51,19 +54,20 @@ class Window:
         """End the step: return its sums, reduced over ranks, on their device. With ranks, all must call it."""
         device = next((sums.p.device for sums in self._sums.values()), None)
         # Recorded layers may come in another order on every rank.
-        complete = RoutingStatistics.zeros(sorted(self.experts.items()), device, self._num_domains)
-        for layer, sums in self._sums.items():
-            complete.add(layer, sums.to(device))  # the layers of a model may be on several
+        complete = RoutingStatistics({name: self._complete(name, device) for name in sorted(self.experts)})
         complete.failures += failed
         self._sums = {}
         return complete.all_reduce(self._group)
 
     def post(self, reduced: RoutingStatistics, numbers: Mapping[str, Tensor]) -> None:
         """Send reduced sums, and other numbers of the step, vectors by name, to the host."""
-        vector = torch.cat([reduced.flat(), *(values.to(reduced.failures) for values in numbers.values())])
-        sizes = {name: len(values) for name, values in numbers.items()}
+        others = {name: values.to(reduced.failures) for name, values in numbers.items()}
+        if reduced.failures.device.type == "cpu":
+            self._arrive(reduced, others)
+            return
+        vector, sizes = torch.cat([reduced.flat(), *others.values()]), {n: len(values) for n, values in others.items()}
         if vector.device.type != "cuda":
-            self._arrive(reduced, sizes, vector.cpu())
+            self._unpack(reduced, sizes, vector.cpu())
             return
         host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
         host.copy_(vector, non_blocking=True)
@@ -71,7 +75,7 @@ class Window:
         event.record()
         self._underway = (reduced, sizes, host, event)
 
-    def newest(self, wait: bool) -> tuple[RoutingStatistics, dict[str, Tensor]] | None:
+    def newest(self, wait: bool) -> Arrived | None:
         """Return the newest sums and numbers that are on the host, None before the first.
 
         Args:
@@ -82,7 +86,7 @@ class Window:
             if wait:
                 event.synchronize()
             if event.query():
-                self._arrive(reduced, sizes, host)
+                self._unpack(reduced, sizes, host)
         return self._arrived
 
     @property
@@ -99,7 +103,19 @@ class Window:
         """Whether other ranks take part."""
         return world_size(self._group) > 1
 
-    def _arrive(self, reduced: RoutingStatistics, sizes: Mapping[str, int], host: Tensor) -> None:
-        self.previous = None if self._arrived is None else self._arrived[0]
+    def _complete(self, layer: str, device: torch.device | None) -> LayerStatistics:
+        """Return a layer's sums; those over no tokens if it has none in this step, so that every rank has the same."""
+        sums, experts = self._sums.get(layer), self.experts[layer]
+        if sums is None:
+            return LayerStatistics.zeros(experts, device, self._num_domains)
+        if sums.num_experts != experts:
+            raise ValueError(f"layer {layer} has {experts} experts, got sums over {sums.num_experts}")
+        return sums.to(device)  # the layers of a model may be on several
+
+    def _unpack(self, like: RoutingStatistics, sizes: Mapping[str, int], host: Tensor) -> None:
         own, *others = host.split([len(host) - sum(sizes.values()), *sizes.values()])
-        self._arrived, self._underway = (reduced.unflat(own), dict(zip(sizes, others, strict=True))), None
+        self._arrive(like.unflat(own), dict(zip(sizes, others, strict=True)))
+
+    def _arrive(self, reduced: RoutingStatistics, numbers: dict[str, Tensor]) -> None:
+        self.previous = None if self._arrived is None else self._arrived[0]
+        self._arrived, self._underway = (reduced, numbers), None

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from moegeo_router.control.thresholds import THRESHOLDS, Threshold, thresholds_with
-from moegeo_router.control.track import CALM, CRITICAL, DRIFT, WARNING, Track
+from moegeo_router.control.track import CALM, CRITICAL, DRIFT, WARNING, Average, Averages, Track
 
 ROW = Threshold(metric="m", failure="expert collapse", warning=1.0, critical=2.0, warmup=10, smoothing=5)
 
@@ -24,6 +24,19 @@ def test_the_average_is_that_of_its_definition():
     track, _ = levels(values)
     weights = [(1 - 1 / 5) ** (len(values) - 1 - i) for i in range(len(values))]
     assert track.fast.value == pytest.approx(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+
+
+def test_averages_of_several_are_those_of_each_to_the_bit():
+    noise, single, together = random.Random(0), [Average() for _ in range(3)], Averages([[0.0, 0.0]] * 3)
+    assert all(map(math.isnan, together.values))
+    for _ in range(50):
+        values = [noise.random() for _ in single]
+        together = Averages(together.pairs)  # as after a resume
+        together.add(values, 20)
+        for average, value in zip(single, values, strict=True):
+            average.add(value, 20)
+        assert together.values == tuple(average.value for average in single)
+    assert Averages([]).values == ()
 
 
 def test_levels_follow_thresholds_after_the_warm_up_and_end_below_where_they_began():

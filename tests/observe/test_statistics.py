@@ -11,6 +11,7 @@ from torch import Tensor
 import moegeo_router as mg
 from moegeo_router.metrics.summary import layer_scalars
 from moegeo_router.observe import LayerStatistics, RoutingStatistics
+from moegeo_router.observe.window import Window
 from tests.support.ranks import on_two_ranks
 
 E = 6
@@ -121,19 +122,48 @@ def test_bad_input(ids, mask, message):
         LayerStatistics.of(batch()[0], ids, mask)
 
 
-def test_layers_must_be_known_and_fit():
-    statistics = RoutingStatistics.zeros([("a", E)])
-    with pytest.raises(ValueError, match="layer must be one of a, got 'b'"):
-        statistics.add("b", LayerStatistics.zeros(E))
+def test_a_window_has_every_layer_and_begins_anew():
+    window, sums = Window(0, None), LayerStatistics.of(*batch())
+    window.experts = {"b": 3, "a": E}
+    window.add("a", sums)
+    window.add("a", sums)
+    closed = window.close(failed=True)
+    assert list(closed.layers) == ["a", "b"]
+    assert torch.equal(closed.layers["a"].flat(), 2 * sums.flat())
+    assert torch.equal(closed.layers["b"].flat(), LayerStatistics.zeros(3).flat())
+    assert float(closed.failures) == 1
+    assert not window.close(failed=False).flat().any()
+    window.add("a", LayerStatistics.zeros(4))
     with pytest.raises(ValueError, match="layer a has 6 experts, got sums over 4"):
-        statistics.add("a", LayerStatistics.zeros(4))
+        window.close(failed=False)
+
+
+def test_what_is_posted_arrives_as_it_was_and_the_step_before_stays():
+    window, numbers = Window(0, None), {"moved": torch.tensor([0.5, math.nan]), "loss": torch.ones(1)}
+    posted = [RoutingStatistics({"a": LayerStatistics.of(*batch(seed=seed))}) for seed in range(2)]
+    assert window.newest(wait=True) is None
+    for reduced in posted:
+        window.post(reduced, numbers)
+    sums, others = window.newest(wait=True)
+    assert torch.equal(sums.flat(), posted[1].flat())
+    assert torch.equal(window.previous.flat(), posted[0].flat())
+    assert {name: values.dtype for name, values in others.items()} == dict.fromkeys(numbers, torch.float64)
+    torch.testing.assert_close(others, {n: v.double() for n, v in numbers.items()}, equal_nan=True)
+    assert torch.equal(posted[0].unflat(posted[0].flat()).flat(), posted[0].flat())
+
+
+def test_stacked_layers_are_the_layers():
+    layers = [LayerStatistics.of(*batch(seed=seed)) for seed in range(3)]
+    stacked = LayerStatistics.stack(layers)
+    assert stacked.num_experts == E
+    for index, layer in enumerate(layers):
+        for ours, theirs in zip(stacked.parts, layer.parts, strict=True):
+            assert torch.equal(ours[index], theirs)
 
 
 def _of_rank(rank: int) -> RoutingStatistics:
-    statistics = RoutingStatistics.zeros([("a", E), ("b", 3)])
-    statistics.add("a", LayerStatistics.of(*batch(seed=rank)))
-    statistics.add("b", LayerStatistics.of(batch(seed=rank + 10)[0][:, :3]))
-    return statistics
+    first, second = LayerStatistics.of(*batch(seed=rank)), LayerStatistics.of(batch(seed=rank + 10)[0][:, :3])
+    return RoutingStatistics({"a": first, "b": second})
 
 
 def _reduce(rank: int) -> None:
