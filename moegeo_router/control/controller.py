@@ -12,6 +12,7 @@ from .policy import Decision, Policy
 from .reading import LayerReading, Reading
 from .setpoints import SetPointControl
 from .signals import Alert, LayerSignals, Signals
+from .track import CRITICAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,7 @@ class Controller:
             layer=name,
             failure=decision.failure,
             strength=decision.strength,
+            critical=self.signals.severity(decision.layer, decision.failure) == CRITICAL,
             load=layer.load,
             values={metric: track.fast.value for metric, track in layer.tracks.items()},
             dead=layer.dead,

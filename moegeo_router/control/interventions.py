@@ -19,28 +19,36 @@ from .plant import Applied, Intervention, Order, Plant
 
 
 class MoreRegularization(Intervention):
-    """Adds to a layer's weights of the load-balance loss and of FSI²."""
+    """Adds to a layer's weights of the load-balance loss and of FSI².
+
+    Args:
+        balance: added at a warning, for each time it was ordered.
+        fsi: likewise.
+        critical: factor on both at the critical level.
+    """
 
     name, cost = "regularizers", "nothing but the regularizers themselves"
 
-    def __init__(self, balance: float = 0.005, fsi: float = 0.01) -> None:
-        self._balance, self._fsi = balance, fsi
+    def __init__(self, balance: float = 0.005, fsi: float = 0.01, critical: float = 4.0) -> None:
+        self._balance, self._fsi, self._critical = balance, fsi, critical
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
         return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
-        """Add to the weights, the more the more often it was ordered."""
-        more = {"fsi": order.strength * self._fsi}
+        """Add to the weights, the more the worse it is and the more often it was ordered."""
+        factor = order.strength * (self._critical if order.critical else 1.0)
+        more = {"fsi": factor * self._fsi}
         if order.load:  # the balance loss needs the choices
-            more["balance"] = order.strength * self._balance
+            more["balance"] = factor * self._balance
+        before = plant.regularization.added().get(order.layer, {}).get(self.name, {})
         plant.regularization.add_weights(order.layer, self.name, more)
-        return Applied(done=True, detail=more)
+        return Applied(done=True, detail=more, memory={"before": dict(before)})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Take them away again."""
-        plant.regularization.add_weights(layer, self.name, {})
+        """Take them away again, down to those of the order before."""
+        plant.regularization.add_weights(layer, self.name, memory["before"])
 
 
 class PriorStep(Intervention):

@@ -107,6 +107,7 @@ class Order:
         layer: whose.
         failure: the failure mode it is against.
         strength: 1, or more if it was ordered before and did not suffice.
+        critical: whether the failure is at the critical level.
         load: (E,) the experts' smoothed load shares.
         values: smoothed values of the layer's metrics.
         dead: the experts that are dead, by number.
@@ -117,6 +118,7 @@ class Order:
     layer: str
     failure: str
     strength: int = 1
+    critical: bool = False
     load: tuple[float, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)
     dead: tuple[int, ...] = ()

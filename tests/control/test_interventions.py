@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moegeo_router.control.interventions import CutRate, PriorStep, SlowDown, Temperature
+from moegeo_router.control.interventions import CutRate, MoreRegularization, PriorStep, SlowDown, Temperature
 from moegeo_router.control.plant import Order
 from moegeo_router.control.policy import Decision
 from tests.control.test_attached import batches
@@ -188,3 +188,23 @@ def test_an_order_for_the_whole_run_is_carried_out_where_it_can_be():
     assert not loop._standing
     _, (event,) = loop._apply(decision, orders[1:])
     assert "the load is not known" in event.line
+
+
+def test_regularization_grows_with_orders_and_severity_and_goes_back_order_by_order():
+    _, _, geometry = made(None)
+    plant, more = plant_of(geometry), MoreRegularization(balance=0.005, fsi=0.01, critical=4.0)
+
+    def weights():
+        found = plant.regularization.weights_of(LAYER)
+        return found.balance, found.fsi
+
+    assert weights() == (0, 0)
+    first = more.apply(plant, order())
+    assert weights() == pytest.approx((0.005, 0.01))
+    second = more.apply(plant, order(strength=2, critical=True))
+    assert weights() == pytest.approx((0.04, 0.08))
+    more.undo(plant, LAYER, second.memory)
+    assert weights() == pytest.approx((0.005, 0.01))
+    more.undo(plant, LAYER, first.memory)
+    assert weights() == (0, 0)
+    assert "balance" not in more.apply(plant, order(load=())).detail, "it needs the choices"
