@@ -9,9 +9,7 @@ import argparse
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moegeo_router as mg
+from moegeo_router.control.config import Mode
+from moegeo_router.control.damper import Damper
+from moegeo_router.control.guard import Guard
+from moegeo_router.control.loop import ControlLoop
 from moegeo_router.loggers import NullLogger
 from moegeo_router.observe.forward import LayerForward
 from trainers.data.base import Batch
@@ -28,99 +30,11 @@ from trainers.models.experts import SwiGLUExperts
 from trainers.models.language import LanguageModel
 from trainers.models.transformer import SwiGLU
 from trainers.optimizers import adamw
+from trainers.pairs import Comparison, Measurement, Part, measure
 from trainers.plain import PlainLanguageModel, plain_step
 
 TOKENS, DIM, HIDDEN, TOP_K = 4096, 128, 256, 2
-SAMPLE_SECONDS = 0.1  # one side of a pair is the mean over as many calls, taking turns with the other's
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two ways of doing the same work.
-
-    Args:
-        name: what the row is called.
-        ours: does the work once, our way.
-        theirs: does the work once, the other way.
-        goal: the least ratio (their time) / (our time) wanted; None, there is no goal.
-    """
-
-    name: str
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
-    goal: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What the pairs of one comparison gave.
-
-    Args:
-        comparison: what was compared.
-        ours: seconds of one call, one for each pair.
-        theirs: likewise.
-    """
-
-    comparison: Comparison
-    ours: tuple[float, ...]
-    theirs: tuple[float, ...]
-
-    @property
-    def ratios(self) -> list[float]:
-        """(their time) / (our time) of every pair."""
-        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """The median of ``ratios``."""
-        return statistics.median(self.ratios)
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal was reached; None without a goal."""
-        goal = self.comparison.goal
-        return None if goal is None else self.ratio >= goal
-
-
-def measure(comparison: Comparison, repeats: int, synchronize: Callable[[], None]) -> Measurement:
-    """Time both sides in turn, A B B A A B …, so that neither has the better moments or the warmer cache.
-
-    Args:
-        comparison: what to compare.
-        repeats: pairs, at least 1.
-        synchronize: waits until the device has finished; does nothing on a CPU.
-
-    Returns:
-        The seconds of one call of each side in each pair.
-
-    Raises:
-        ValueError: repeats below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for side in (comparison.ours, comparison.theirs):  # warm up, twice: the first backward also allocates
-        side()
-        side()
-    calls = max(1, round(SAMPLE_SECONDS / _seconds(comparison.theirs, synchronize)))
-    ours: list[float] = []
-    theirs: list[float] = []
-    turns = [(comparison.ours, ours), (comparison.theirs, theirs)]
-    for _ in range(repeats):
-        for _, times in turns:
-            times.append(0.0)
-        for _ in range(calls):
-            for side, times in turns:
-                times[-1] += _seconds(side, synchronize) / calls
-            turns.reverse()
-    return Measurement(comparison=comparison, ours=tuple(ours), theirs=tuple(theirs))
-
-
-def _seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+WARM = 60  # steps after which the controller judges all that it sees
 
 
 def compare_router(device: torch.device, num_experts: int = 8) -> Comparison:
@@ -186,9 +100,9 @@ def compare_experts(device: torch.device, num_experts: int, theirs: str, goal: f
 
 
 def _training_step(
-    device: torch.device, geometry: mg.GeometryConfig, batch_size: int, dim: int = DIM
-) -> tuple[LanguageModel, Callable[[], object], Batch]:
-    """The demo model, a step of it by our trainer, and the batch of that step."""
+    device: torch.device, geometry: mg.GeometryConfig, batch_size: int, dim: int = DIM, layers: int = 4
+) -> tuple[Trainer, Batch, Callable[[], object]]:
+    """A trainer of the demo model, a batch, and what takes a step on it."""
     torch.manual_seed(0)
     data = PlantedText(alphabet=255, documents=200, batch_size=batch_size)
     model = LanguageModel(
@@ -196,6 +110,7 @@ def _training_step(
         functools.partial(mg.GeometricRouter, bias=False),
         length=data.length,
         dim=dim,
+        layers=layers,
         expert_hidden=2 * dim,
     )
     trainer = Trainer(
@@ -209,15 +124,15 @@ def _training_step(
         device=device,
     )
     batch = data.train_batch(0)
-    return model, lambda: trainer.train_step(batch), batch
+    return trainer, batch, lambda: trainer.train_step(batch)
 
 
 def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
     """A step of the demo model by our trainer (geometry, metrics, clipping, penalty) against the plain-torch twin's."""
-    model, ours, batch = _training_step(device, mg.GeometryConfig(), batch_size)
+    trainer, batch, ours = _training_step(device, mg.GeometryConfig(), batch_size)
     inputs_BL, targets_BL = batch.inputs.to(device), batch.targets.to(device)
     twin = PlainLanguageModel(256, length=inputs_BL.shape[1])
-    twin.load_state_dict({name.removeprefix("trunk."): value for name, value in model.state_dict().items()})
+    twin.load_state_dict({name.removeprefix("trunk."): value for name, value in trainer.model.state_dict().items()})
     step = plain_step(twin.to(device))
     return Comparison(
         name=f"training step of the demo model, {batch_size}x{inputs_BL.shape[1]} tokens: ours vs plain torch",
@@ -229,8 +144,8 @@ def compare_training(device: torch.device, batch_size: int = 16) -> Comparison:
 
 def compare_traces(device: torch.device, batch_size: int = 16) -> Comparison:
     """A step of the demo model by our trainer with exact Fisher traces against the same without any."""
-    _, ours, _ = _training_step(device, mg.GeometryConfig(fisher="parameters"), batch_size)
-    _, theirs, _ = _training_step(device, mg.GeometryConfig(fisher=None), batch_size)
+    *_, ours = _training_step(device, mg.GeometryConfig(fisher="parameters"), batch_size)
+    *_, theirs = _training_step(device, mg.GeometryConfig(fisher=None), batch_size)
     return Comparison(
         name=f"training step of the demo model, {batch_size}x256 tokens: exact FHS vs none", ours=ours, theirs=theirs
     )
@@ -261,6 +176,43 @@ def compare_watching(device: torch.device, batch_size: int = 16) -> Comparison:
     )
 
 
+def compare_controller(device: torch.device, mode: Mode, batch_size: int = 16) -> Comparison:
+    """A step of the demo model with two layers, controlled, against the same step with nothing but the scalars."""
+    *_, ours = _training_step(device, mg.GeometryConfig(controller=mode), batch_size, layers=2)
+    *_, theirs = _training_step(device, mg.GeometryConfig(controller=None), batch_size, layers=2)
+    return Comparison(
+        name=f"training step, 2 layers, {batch_size}x256 tokens: controller={mode} vs none", ours=ours, theirs=theirs
+    )
+
+
+def part_of_controller(device: torch.device, mode: Mode, batch_size: int = 16, warm: int = WARM) -> Part:
+    """All that a controller does in a healthy step, the scalars it reads included, as a part of that step."""
+
+    def build() -> Callable[[], object]:
+        trainer, _, step = _training_step(device, mg.GeometryConfig(controller=mode), batch_size, layers=2)
+
+        def healthy_step() -> None:
+            step()
+            if acted := [event.line for event in trainer.geometry.events() if event.kind == "action"]:
+                raise RuntimeError(f"the controller acted, so that step was not a healthy one: {acted[0]}")
+
+        for _ in range(warm):
+            healthy_step()
+        return healthy_step
+
+    return Part(
+        name=f"controller={mode}, scalars and all, vs its whole training step, 2 layers",
+        build=build,
+        functions=[
+            *((ControlLoop, name) for name in ("record_loss", "observe", "end_step")),
+            (Guard, "_check"),
+            (Damper, "_keep"),
+        ],
+        calls=5,
+        goal=100,  # 1% of a training step
+    )
+
+
 def _natural_steps(
     width: int, num_experts: int, layers: int, tokens: int, device: torch.device
 ) -> Callable[[], object]:
@@ -287,7 +239,7 @@ def _natural_steps(
 
 def compare_natural_step(device: torch.device, width: int = 256, layers: int = 4, batch_size: int = 16) -> Comparison:
     """All natural steps between two inversions against one training step of the model whose routers they are of."""
-    _, theirs, batch = _training_step(device, mg.GeometryConfig(), batch_size, width)
+    _, batch, theirs = _training_step(device, mg.GeometryConfig(), batch_size, width)
     every = mg.NaturalConfig().refresh_every
     return Comparison(
         name=f"{every} natural steps (1 refresh) vs 1 training step, d={width}, 8 experts, {layers} layers",
@@ -312,7 +264,7 @@ def compare_wide_natural_step(device: torch.device, width: int = 1024, num_exper
     )
 
 
-def comparisons(device: torch.device) -> list[Comparison]:
+def comparisons(device: torch.device) -> list[Comparison | Part]:
     """All rows of the table, in order."""
     return [
         compare_router(device),
@@ -324,6 +276,8 @@ def comparisons(device: torch.device) -> list[Comparison]:
         compare_traces(device),
         compare_natural_step(device),
         compare_wide_natural_step(device),
+        *(compare_controller(device, mode) for mode in ("observe", "act")),
+        *(part_of_controller(device, mode) for mode in ("observe", "act")),
     ]
 
 
@@ -351,6 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (more than 1 needs an idle machine)")
     parser.add_argument("--repeats", type=int, default=20, help="pairs measured per row")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name has this in it")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
@@ -359,7 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print(f"ratio = their time / our time; median of {options.repeats} interleaved pairs; {TOKENS} tokens")
-    print(table(measure(comparison, options.repeats, synchronize) for comparison in comparisons(device)))
+    rows = [row for row in comparisons(device) if options.only in row.name]
+    print(table(measure(row, options.repeats, synchronize) for row in rows))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Damper:
             handle.remove()
 
     def _keep(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.factors:
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in self.factors:
             weight = self._sites[name].weight

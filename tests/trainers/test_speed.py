@@ -5,14 +5,16 @@ import time
 import pytest
 import torch
 
+import moegeo_router as mg
+from moegeo_router.control.controller import Event
 from trainers import speed
 from trainers.models.experts import SwiGLUExperts
+from trainers.pairs import Comparison, Measurement, Part, measure
 from trainers.speed import (
     DIM,
     HIDDEN,
-    Comparison,
-    Measurement,
     ModuleListExperts,
+    compare_controller,
     compare_experts,
     compare_natural_step,
     compare_router,
@@ -21,7 +23,7 @@ from trainers.speed import (
     compare_watching,
     compare_wide_natural_step,
     main,
-    measure,
+    part_of_controller,
     table,
 )
 
@@ -85,6 +87,42 @@ def test_device_is_waited_for_before_and_after_every_timed_call():
     assert len(waits) == 2 * (1 + 2)
 
 
+class Clock:
+    """Time that passes only in work: one second inside of a part of it, three outside."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def inside(self) -> None:
+        self.now += 1
+
+    def work(self) -> None:
+        self.inside()
+        self.now += 3
+
+
+def test_a_part_is_timed_inside_of_its_work(monkeypatch):
+    made, inside = [], Clock.inside
+
+    def build():
+        made.append(Clock())
+        monkeypatch.setattr(time, "perf_counter", made[0])
+        made[0].work()  # a warm-up that does not count
+        return made[0].work
+
+    part = Part(name="row", build=build, functions=[(Clock, "inside")], calls=2, goal=4.0)
+    measurement = measure(part, 3, lambda: None)
+    assert (measurement.ours, measurement.theirs) == ((1.0,) * 3, (4.0,) * 3)
+    assert measurement.met
+    assert made[0].now == 4 * (2 + 3 * 2)
+    assert Clock.inside is inside
+    with pytest.raises(ZeroDivisionError):
+        measure(Part(name="row", build=lambda: 1 / 0, functions=[(Clock, "inside")]), 1, lambda: None)
+    assert Clock.inside is inside
+
+
 def test_no_repeats_is_an_error():
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure(Comparison(name="row", ours=int, theirs=int), 0, lambda: None)
@@ -138,6 +176,22 @@ def test_what_is_watched_is_the_same_training_step():
     assert "geometry/fhs" not in theirs
 
 
+@pytest.mark.parametrize("mode", ["observe", "act"])
+def test_a_controller_that_has_nothing_to_do_is_timed_in_the_same_training_step(mode):
+    comparison = compare_controller(torch.device("cpu"), mode, batch_size=1)
+    for _ in range(2):
+        assert comparison.ours()["train/loss"] == pytest.approx(comparison.theirs()["train/loss"], rel=1e-6)
+    measurement = measure(part_of_controller(torch.device("cpu"), mode, batch_size=1, warm=1), 2, lambda: None)
+    assert all(0 < ours < theirs for ours, theirs in zip(measurement.ours, measurement.theirs, strict=True))
+
+
+def test_a_step_in_which_the_controller_acts_is_no_healthy_one(monkeypatch):
+    action = Event(kind="action", level="warning", step=1, layer="a", title="", line="speed in a")
+    monkeypatch.setattr(mg.Geometry, "events", lambda self: [action])
+    with pytest.raises(RuntimeError, match="not a healthy one: speed in a"):
+        part_of_controller(torch.device("cpu"), "act", batch_size=1, warm=1).build()
+
+
 def test_the_natural_steps_that_are_timed_move_the_routers():
     for comparison, routers in (
         (compare_natural_step(torch.device("cpu"), width=32, batch_size=1), 4),
@@ -155,6 +209,8 @@ def test_command_prints_a_row_for_every_comparison(capsys, monkeypatch):
     main(["--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["first", "second"]
+    main(["--repeats", "1", "--only", "sec"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["second"]
 
 
 @pytest.mark.slow
