@@ -262,7 +262,13 @@ class ControlLoop:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state()``: with the decisions of the unbroken run."""
+        """Continue from ``state()``: with the decisions of the unbroken run.
+
+        Raises:
+            ValueError: an intervention is in force that this run does not know.
+        """
+        if unknown := {standing["name"] for standing in state["standing"]} - set(self._known):
+            raise ValueError(f"geometry's state has interventions in force that are not given: {sorted(unknown)}")
         self._said = state["said"]
         self.available = {
             layer: tuple(name for name in names if name in self._known) for layer, names in state["available"].items()

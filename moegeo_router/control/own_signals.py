@@ -88,11 +88,11 @@ def with_rows(control: ControlConfig, signals: Sequence[Signal]) -> ControlConfi
         ValueError: something that is no signal, one without rows, two of one name, a metric that the table has already,
             or one whose name does not fit between the slashes of ``geometry/layer0/name``.
     """
+    if not isinstance(signals, tuple | list) or not all(isinstance(signal, Signal) for signal in signals):
+        raise ValueError(f"signals: expected a tuple of instances of Signal, got {signals!r:.80}")
     for signal in signals:
-        if not isinstance(signal, Signal):
-            raise ValueError(f"signals: expected instances of Signal, got {signal!r:.80}")
         rows = getattr(signal, "thresholds", ())
-        if not rows or not all(isinstance(row, Threshold) for row in rows):
+        if not isinstance(rows, tuple | list) or not rows or not all(isinstance(row, Threshold) for row in rows):
             raise ValueError(f"signal {_name(signal)}: thresholds must be a Threshold for each of its metrics")
         if bad := [row.metric for row in rows if not row.metric.isidentifier()]:
             raise ValueError(f"signal {_name(signal)}: metrics are called by letters, digits and '_', got {bad[0]!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -196,7 +196,7 @@ class Signals:
         """Continue from ``state()``."""
         self._first, self._lowest = state["losses"]
         self._loss = {name: Average(*pair) for name, pair in state["loss"].items()}
-        self.layers = {name: _layer_of(layer) for name, layer in state["layers"].items()}
+        self.layers = {name: _layer_of(layer, self._table) for name, layer in state["layers"].items()}
 
     def _layer(self, name: str) -> LayerSignals:
         if name not in self.layers:
@@ -280,10 +280,11 @@ def _layer_state(layer: LayerSignals) -> dict[str, Any]:
     }
 
 
-def _layer_of(state: Mapping[str, Any]) -> LayerSignals:
+def _layer_of(state: Mapping[str, Any], known: Collection[str]) -> LayerSignals:
     layer = LayerSignals()
     layer.loads = Averages(state["loads"])
     layer.unused, layer.peaks = list(state["unused"]), dict(state["peaks"])
     layer.averages = {name: Average(*pair) for name, pair in state["averages"].items()}
-    layer.tracks = {metric: Track.of_state(track) for metric, track in state["tracks"].items()}
+    tracks = {metric: track for metric, track in state["tracks"].items() if metric in known}  # of a signal that is gone
+    layer.tracks = {metric: Track.of_state(track) for metric, track in tracks.items()}
     return layer

@@ -189,7 +189,18 @@ def test_a_resumed_run_has_its_state_and_decides_as_the_unbroken_one(stop):
     assert rest == losses[stop:]
 
 
-@pytest.mark.filterwarnings("ignore:signal twins")
+def test_a_run_goes_on_without_it_but_not_without_an_intervention_that_is_in_force():
+    model, optimizer, geometry = attached(Twins())
+    fit(model, geometry, optimizer, batches(17))
+    saved = _saved(model, optimizer, geometry)
+    model, optimizer, geometry = _resumed(saved)
+    events, _ = fit(model, geometry, optimizer, batches(30, seed=3), first=17)
+    assert not [event for event in events if event.kind == "action"], "its alarm is gone with it"
+    saved["geometry"]["control"]["standing"][0]["name"] = "another"
+    with pytest.raises(ValueError, match=r"in force that are not given: \['another'\]"):
+        _resumed(saved)
+
+
 def test_one_that_fails_is_off_from_then_on_and_nothing_else(tmp_path, capsys):
     model, optimizer, geometry = attached(Failing(11), Most(), on_error="warn", patience=20)
     logger = JSONLLogger(tmp_path / "metrics.jsonl")
@@ -271,10 +282,15 @@ def test_a_name_that_a_layer_has_already_is_told():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"signals": (Twins,)}, "expected instances of Signal"),
+        ({"signals": (Twins,)}, "expected a tuple of instances of Signal"),
+        ({"signals": Twins()}, "expected a tuple of instances of Signal"),
         ({"signals": (Twins(), Twins())}, "signals: there are two called 'twins'"),
         ({"signals": (Twins(), type("B", (Twins,), {"name": "b"})())}, "there is a row for 'twins' already"),
         ({"signals": (type("Empty", (mg.Signal,), {})(),)}, "signal Empty: thresholds must be a Threshold for each"),
+        (
+            {"signals": (type("One", (Twins,), {"thresholds": row()})(),)},
+            "signal twins: thresholds must be a Threshold for",
+        ),
         ({"signals": (type("A", (Twins,), {"thresholds": (row("a/b"),)})(),)}, "digits and '_', got 'a/b'"),
         ({"signals": (Twins(),), "controller": None}, "signals are for the controller"),
         ({"control": mg.ControlConfig(thresholds={"twins": {"warning": 0.5}})}, "no metric 'twins'"),
@@ -296,11 +312,11 @@ class Rank(mg.Signal):
 
 def _train_one_rank(rank, folder):
     warnings.simplefilter("always")
-    model, optimizer, geometry = attached(Failing(25, rank=1), Rank(), Most(), on_error="warn")
+    model, optimizer, geometry = attached(Failing(15, rank=1), Rank(), Most(), on_error="warn")
     model = nn.parallel.DistributedDataParallel(model)
     lines, metrics = [], []
     with warnings.catch_warnings(record=True) as told:
-        for x in batches(45, seed=rank, tokens=48):
+        for x in batches(25, seed=rank, tokens=48):
             loss = nn.functional.mse_loss(model(x), x.roll(1, -1).tanh())
             (loss + geometry.loss()).backward()
             optimizer.step()
@@ -320,7 +336,7 @@ def test_two_ranks_see_and_lose_the_same(tmp_path):
     assert torch.equal(weights, second[3])
     assert len(failed) == len(second[2]) == 1
     assert any(line.startswith("apart against") for line in lines)
-    assert "geometry/twins" in metrics[23]
-    assert "geometry/twins" not in metrics[24]
+    assert "geometry/twins" in metrics[13]
+    assert "geometry/twins" not in metrics[14]
     assert metrics[-1]["geometry/rank"] == 0, "that of the first"
     assert "geometry/most_twins" in metrics[-1]
