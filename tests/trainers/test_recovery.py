@@ -100,10 +100,13 @@ def test_together_adds_harms_and_gains_of_every_seed():
     healthy = rows(HEALTHY, "off", HEALTHY_OFF)
     one = repair(rows("a", "off", [1.9, 1.92, 1.91]), rows("a", "on", [1.8, 1.82, 1.81]), healthy)  # .1 of .2
     two = repair(rows("b", "off", [2.1, 2.12, 2.11]), rows("b", "on", [2.1, 2.12, 2.11]), healthy)  # 0 of .4
-    none = repair(rows("c", "off", HEALTHY_OFF), rows("c", "on", [2.5, 2.5, 2.5]), healthy)
+    none = repair(rows("c", "off", HEALTHY_OFF), rows("c", "on", [1.73, 1.75, 1.74]), healthy)  # spoils .03 of nothing
     saved = repair(rows("d", "off", [None, None]), rows("d", "on", [1.7, None]), healthy)
-    assert together([one, two, none, saved]) == (
+    assert together([one, two, saved]) == (
         "17% [17%, 17%] (3) of the harm of 2 faults repaired; 1 of 2 diverged runs survived, 0 lost."
+    )
+    assert together([one, two, none]) == (  # .07 of .6
+        "12% [12%, 12%] (3) of the harm of 3 faults repaired; 0 of 0 diverged runs survived, 0 lost."
     )
     assert together([none]) == "no harm in nats; 0 of 0 diverged runs survived, 0 lost."
     # Seeds that not every fault has are left out: what a sum misses must not look repaired.

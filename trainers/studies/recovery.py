@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainers.studies.intervals import Ratio, mean_interval, ratio_of_means
+from trainers.studies.intervals import mean_interval, ratio_of_means
 from trainers.studies.rows import Row, by_seed
 
 LEGEND = (
@@ -14,8 +14,8 @@ LEGEND = (
     "that have all three, with Fieller's 95% interval in brackets. No harm: the interval of the harm over these seeds "
     "is not above 0. Diverged runs have no loss: of those that diverged off, survived are those that ended on; lost "
     "are those that ended off and diverged on. A harm that is hardly above its interval gives too high a share: off is "
-    "in both differences. Together: harms and gains in nats, summed in each seed over the faults with harm, "
-    "without the domain shift, whose harm is mostly no damage."
+    "in both differences. Together: harms and gains in nats, summed in each seed over all faults, those without "
+    "harm included; without the domain shift, whose harm is mostly no damage."
 )
 
 
@@ -42,11 +42,20 @@ class Repair:
         """Whether harm was shown: its interval is above 0."""
         return len(self.harms) > 1 and mean_interval([*self.harms.values()]).low > 0
 
+    @property
+    def share(self) -> str:
+        """The share of the harm that was taken back, with its interval."""
+        found = ratio_of_means([*self.gains.values()], [*self.harms.values()])
+        if found is None:
+            return "-"
+        value, low, high = (f"{round(100 * part)}%" for part in (found.value, found.low, found.high))
+        return f"{value} [{low}, {high}] ({found.n})"
+
     def __str__(self) -> str:
         """Return the report's cell."""
         parts = [f"survived {self.survived}/{self.diverged}"] if self.diverged else []
         if self.harmful:
-            parts.append(_share([self]))
+            parts.append(self.share)
         elif len(self.harms) > 1:
             parts.append("no harm")
         parts += [f"lost {self.lost}"] if self.lost else []
@@ -75,20 +84,12 @@ def repair(off: Sequence[Row], on: Sequence[Row], healthy: Sequence[Row]) -> Rep
 
 def together(repairs: Sequence[Repair]) -> str:
     """Return in a sentence what became of several faults: of their harm, summed in each seed, and of diverged runs."""
-    harmful = [one for one in repairs if one.harmful]
     diverged, survived, lost = (sum(getattr(one, name) for one in repairs) for name in ("diverged", "survived", "lost"))
-    harm = f"{_share(harmful)} of the harm of {len(harmful)} faults repaired" if harmful else "no harm in nats"
+    known = [one for one in repairs if one.harms]
+    seeds = sorted(set.intersection(*(set(one.harms) for one in known))) if known else []
+    summed = Repair(
+        harms={seed: sum(one.harms[seed] for one in known) for seed in seeds},
+        gains={seed: sum(one.gains[seed] for one in known) for seed in seeds},
+    )
+    harm = f"{summed.share} of the harm of {len(known)} faults repaired" if summed.harmful else "no harm in nats"
     return f"{harm}; {survived} of {diverged} diverged runs survived, {lost} lost."
-
-
-def _share(repairs: Sequence[Repair]) -> str:
-    seeds = sorted(set.intersection(*(set(one.harms) for one in repairs)))
-    gains = [sum(one.gains[seed] for one in repairs) for seed in seeds]
-    harms = [sum(one.harms[seed] for one in repairs) for seed in seeds]
-    found = ratio_of_means(gains, harms) if seeds else None
-    return "-" if found is None else _percent(found)
-
-
-def _percent(ratio: Ratio) -> str:
-    value, low, high = (f"{round(100 * part)}%" for part in (ratio.value, ratio.low, ratio.high))
-    return f"{value} [{low}, {high}] ({ratio.n})"
