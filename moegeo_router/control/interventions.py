@@ -162,7 +162,7 @@ class Temperature(Intervention):
         """Divide the logits by ``exp`` of this, and the speed with them."""
         _divide(plant, layer, math.exp(log_factor))
         if not plant.is_natural(layer):
-            plant.set_speed(layer, self.name, plant.speed_of(layer, self.name) * math.exp(-log_factor))
+            plant.slow(layer, self.name, math.exp(-log_factor))
 
 
 class SlowDown(Intervention):
@@ -178,13 +178,11 @@ class SlowDown(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Halve it, again if it was ordered before."""
-        before = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, before / 2)
-        return Applied(done=True, detail={"factor": before / 2}, memory={"before": before})
+        return Applied(done=True, detail={"factor": plant.slow(order.layer, self.name, 1 / 2)})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Put it back."""
-        plant.set_speed(layer, self.name, float(memory["before"]))
+        """Double it again, whatever others of its kind stand."""
+        plant.slow(layer, self.name, 2)
 
 
 class CutRate(Intervention):
@@ -202,13 +200,11 @@ class CutRate(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Quarter it, again if it was ordered before."""
-        before = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, before / 4)
-        return Applied(done=True, detail={"factor": before / 4}, memory={"before": before})
+        return Applied(done=True, detail={"factor": plant.slow(order.layer, self.name, 1 / 4)})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Put it back."""
-        plant.set_speed(layer, self.name, float(memory["before"]))
+        """Bring it back four times, whatever others of its kind stand."""
+        plant.slow(layer, self.name, 4)
 
 
 def _prior(plant: Plant, layer: str) -> ExpertPrior | None:

@@ -75,6 +75,12 @@ class Plant:
             owners[owner] = factor
         self._brake(layer)
 
+    def slow(self, layer: str, owner: str, factor: float) -> float:
+        """Multiply the factor that someone set, and return it; what others of that name did stays."""
+        now = self.speed_of(layer, owner) * factor
+        self.set_speed(layer, owner, now)
+        return now
+
     def brakes(self) -> dict[str, Any]:
         """Return factors and limits as they were found, plain numbers, for ``state_dict``."""
         factors = {layer: dict(owners) for layer, owners in self.speed_factors.items()}

@@ -162,15 +162,14 @@ class Rollback(Intervention):
         if not is_back:
             memory["before"] = self._snapshots.now(order.step, [order.layer])
             self._snapshots.put_back(state, [order.layer])
-        memory["factor"] = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, memory["factor"] / 2)
-        return Applied(done=True, detail={"snapshot_of": state["step"], "speed": memory["factor"] / 2}, memory=memory)
+        speed = plant.slow(order.layer, self.name, 1 / 2)
+        return Applied(done=True, detail={"snapshot_of": state["step"], "speed": speed}, memory=memory)
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Bring back what was there before."""
         if "before" in memory:
             self._snapshots.put_back(memory["before"], [layer])
-        plant.set_speed(layer, self.name, memory["factor"])
+        plant.slow(layer, self.name, 2)
 
 
 def _copied(value: Any) -> Any:

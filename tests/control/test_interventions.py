@@ -126,11 +126,13 @@ def test_a_natural_router_is_slowed_by_its_limit_and_not_by_its_rate():
     plant, limit = plant_of(geometry), geometry._steps.speed_limits[LAYER]
     assert "stepped naturally" in CutRate().unavailable(plant, LAYER)
     first = SlowDown().apply(plant, order()).memory
-    SlowDown().apply(plant, order(strength=2))
+    second = SlowDown().apply(plant, order(strength=2)).memory
     assert geometry._steps.speed_limits[LAYER] == pytest.approx(limit / 4)
     plant.set_speed(LAYER, "set-point", 0.5)
     assert geometry._steps.speed_limits[LAYER] == pytest.approx(limit / 8)
     plant.set_speed(LAYER, "set-point", 1.0)
+    SlowDown().undo(plant, LAYER, second)
+    assert geometry._steps.speed_limits[LAYER] == pytest.approx(limit / 2)
     SlowDown().undo(plant, LAYER, first)
     assert geometry._steps.speed_limits[LAYER] == pytest.approx(limit)
 
@@ -173,6 +175,21 @@ def test_taken_back_is_the_newest_of_its_kind_and_what_is_on_its_way_back_is_lef
         loop._go_on()
     assert not loop._standing
     assert plant.speed_of(LAYER, "temperature") == 1
+
+
+@pytest.mark.parametrize("older_first", [True, False])
+def test_brakes_of_the_layer_and_of_the_whole_run_end_in_any_order(older_first):
+    _, _, geometry = made(None)
+    loop, plant = geometry._control, plant_of(geometry)
+    of_run = Decision(kind="apply", step=9, layer="run", failure="divergence", name="router_lr")
+    of_layer = dataclasses.replace(of_run, layer=LAYER)
+    for decision in (of_run, of_layer):
+        loop._apply(decision, [order()])
+    for decision in (of_run, of_layer) if older_first else (of_layer, of_run):
+        assert plant.damper.factors
+        loop._undo(dataclasses.replace(decision, kind="undo"))
+    assert not loop._standing
+    assert plant.damper.factors == {}
 
 
 def test_an_order_for_the_whole_run_is_carried_out_where_it_can_be():
