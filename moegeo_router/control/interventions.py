@@ -78,27 +78,23 @@ class PriorStep(Intervention):
         """Take the step."""
         if not order.load:
             return Applied(done=False, detail={"reason": "the load is not known"})
-        prior, bias = _prior(plant, order.layer), bias_of(plant.sites[order.layer])
-        tensor = prior.pi if prior is not None else bias
-        assert tensor is not None
-        memory = {"before": tensor.detach().clone()}
         change_E = self._log_prior(torch.tensor(order.load, dtype=torch.float64))
-        if prior is not None:
-            moved_E = prior.pi.double() * change_E.to(prior.pi.device).exp()
-            prior.pi.copy_(moved_E / moved_E.sum())
-        else:
-            tensor.add_(change_E.to(tensor))
-            memory = {"change": change_E}
-        return Applied(done=True, detail={"largest_change": float(change_E.abs().max())}, memory=memory)
+        self._move(plant, order.layer, change_E)
+        detail = {"largest_change": float(change_E.abs().max())}
+        return Applied(done=True, detail=detail, memory={"change": change_E})
 
     @torch.no_grad()
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Take the step back."""
+        """Take the step back; what the prior, or the training, has moved since stays."""
+        self._move(plant, layer, -memory["change"])
+
+    def _move(self, plant: Plant, layer: str, change_E: Tensor) -> None:
         prior, bias = _prior(plant, layer), bias_of(plant.sites[layer])
-        if "before" in memory and prior is not None:
-            prior.pi.copy_(memory["before"])
-        elif "change" in memory and bias is not None:
-            bias.sub_(memory["change"].to(bias))
+        if prior is not None:
+            moved_E = prior.pi.double() * change_E.to(prior.pi.device).exp()
+            prior.pi.copy_(moved_E / moved_E.sum())
+        elif bias is not None:
+            bias.add_(change_E.to(bias))
 
     def _log_prior(self, load_E: Tensor) -> Tensor:
         uniform_E = simplex.uniform(len(load_E), dtype=load_E.dtype)

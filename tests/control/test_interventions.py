@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import moegeo_router as mg
 from moegeo_router.control.interventions import CutRate, MoreRegularization, PriorStep, SlowDown, Temperature
 from moegeo_router.control.plant import Order
 from moegeo_router.control.policy import Decision
@@ -149,6 +150,17 @@ def test_a_step_of_the_prior_is_as_long_as_it_says_and_helps_those_with_less():
     assert change.argsort().tolist()[:2] == [0, 1]
     PriorStep().undo(plant_of(geometry), LAYER, applied.memory)
     torch.testing.assert_close(model[0].gate.bias.detach(), before)
+
+
+def test_a_prior_that_has_moved_on_keeps_what_it_moved_when_the_step_is_taken_back():
+    _, _, geometry = made(None)
+    plant, prior = plant_of(geometry), mg.ExpertPrior(6)
+    plant.sites[LAYER].module.prior = prior
+    memory = PriorStep().apply(plant, order(load=COLLAPSED)).memory
+    other = torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0, 2.0])
+    prior.pi.copy_(prior.pi * other / (prior.pi * other).sum())
+    PriorStep().undo(plant, LAYER, memory)
+    torch.testing.assert_close(prior.pi, other / 10)
 
 
 def test_taken_back_is_the_newest_of_its_kind_and_what_is_on_its_way_back_is_left_to_it():

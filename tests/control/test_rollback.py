@@ -146,6 +146,23 @@ def test_a_rollback_slows_down_and_can_be_undone(step):
     fit(model, geometry, optimizer, batches(3))
 
 
+@pytest.mark.parametrize("step", ["natural", None])
+def test_a_rollback_that_is_released_does_not_bring_back_what_was_broken(step):
+    model, optimizer, geometry = made(step)
+    plant, snapshots = plant_of(geometry), geometry._control._snapshots
+    fit(model, geometry, optimizer, batches(3))
+    snapshots.take(3)
+    with torch.no_grad():
+        model[0].gate.weight.mul_(100)
+    rollback = Rollback(snapshots)
+    applied = rollback.apply(plant, Order(step=4, layer="0.gate", failure="divergence"))
+    fit(model, geometry, optimizer, batches(3))
+    learnt = model[0].gate.weight.detach().clone()
+    assert rollback.release(plant, "0.gate", applied.memory) is None
+    assert torch.equal(model[0].gate.weight, learnt)
+    assert plant.speed_of("0.gate", "rollback") == 1
+
+
 def test_healthy_states_are_kept_while_it_acts():
     torch.manual_seed(0)
     healthy = torch.nn.Sequential(Layer(), Layer())
