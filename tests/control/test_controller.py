@@ -204,6 +204,18 @@ def test_what_could_not_be_done_costs_no_budget():
     assert applied == ["regularizers", "prior", "speed"]
 
 
+def test_what_stands_is_released_although_a_second_order_was_refused():
+    made, kinds, fsi = controller(least_gain=0.2, release_after=50, ladders={"expert collapse": ["regularizers"]}), [], 1.0
+    for step in range(1, 300):
+        for decision, _ in made.update(reading(step, fsi=fsi)).orders:
+            kinds.append((decision.kind, decision.strength))
+            if decision.kind == "apply":
+                fsi = 0.88 if decision.strength == 1 else 0.05
+            if decision.strength == 2:
+                made.refuse(decision, "cannot")
+    assert kinds == [("apply", 1), ("keep", 1), ("apply", 2), ("release", 1)]
+
+
 def test_a_layer_that_was_given_up_is_acted_on_again_after_it_was_well_for_long():
     values = [0.9] * 200 + [0.05] * 150 + [0.9] * 60
     made = controller(release_after=50, layer_budget=20)
