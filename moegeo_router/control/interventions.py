@@ -156,7 +156,8 @@ class Temperature(Intervention):
 
     def _soften(self, plant: Plant, layer: str, log_factor: float) -> None:
         """Divide the logits by ``exp`` of this, and the speed with them."""
-        _divide(plant, layer, math.exp(log_factor))
+        divide_logits(plant, layer, math.exp(log_factor))
+        plant.softened[layer] = plant.softened.get(layer, 0.0) + log_factor
         if not plant.is_natural(layer):
             plant.slow(layer, self.name, math.exp(-log_factor))
 
@@ -228,7 +229,8 @@ def _cosine(plant: Plant, layer: str) -> GeometricRouter | None:
 
 
 @torch.no_grad()
-def _divide(plant: Plant, layer: str, factor: float) -> None:
+def divide_logits(plant: Plant, layer: str, factor: float) -> None:
+    """Divide what makes a router's logits: weight and bias, or the temperature of a cosine router."""
     cosine = _cosine(plant, layer)
     if cosine is not None:
         cosine.set_temperature(cosine.temperature * factor)
