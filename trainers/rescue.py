@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -54,7 +55,8 @@ class Course:
         """Take in a step."""
         self.scalars["loss"].append(scalars["train/loss"])
         for label, name, combine in SHOWN:
-            values = [v for key, v in scalars.items() if key.startswith("geometry/") and key.endswith(f"/{name}")]
+            of_layer = re.compile(rf"geometry/[^/]+/{name}")  # not geometry/NAME, which is of the whole model
+            values = [value for key, value in scalars.items() if of_layer.fullmatch(key)]
             value = combine(values) if values else math.nan
             self.scalars[label].append(math.sqrt(value) if name == "z_loss" else value)
 

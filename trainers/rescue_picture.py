@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,17 +79,20 @@ def _of(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _averaged(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and the running average with its beginning's bias taken out."""
+    """Return steps and the running average with its beginning's bias taken out, which passes over NaN and inf."""
     beta, total, weight, averages = 1 - 1 / SMOOTHING, 0.0, 0.0, []
     for value in values:
-        total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
-        averages.append(total / weight)
+        if math.isfinite(value):
+            total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
+        averages.append(total / weight if weight else math.nan)
     return np.arange(1, len(values) + 1), np.array(averages)
 
 
 def _top(courses: Sequence[Course]) -> float:
-    """Return an upper limit for the loss that leaves out the first fall."""
-    return max(max(_averaged(course.scalars["loss"])[1][20:], default=1.0) for course in courses)
+    """Return an upper limit for the loss that leaves out the first fall, where more than that was trained."""
+    averages = [_averaged(course.scalars["loss"])[1] for course in courses]
+    later = [value for values in averages for value in (values[20:] if len(values) > 20 else values)]
+    return max(filter(math.isfinite, later), default=1.0)
 
 
 def _mark(axes: Sequence[Any], done: Sequence[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from tests.support.runs import TINY
 from trainers import rescue
 from trainers.rescue import RUNS, Course, report, show, watch
-from trainers.rescue_picture import actions, draw
+from trainers.rescue_picture import _top, actions, draw
 from trainers.studies.runs import Run, StudyError, configurations
 
 #: As collapsing as the real one, and small.
@@ -54,6 +54,25 @@ def test_the_report_and_the_picture_are_of_these_runs(watched, tmp_path):
     with Image.open(tmp_path / "rescue.png") as picture:
         assert picture.width > 500
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_dead_experts_are_those_of_the_layers_and_not_of_the_worst_once_more():
+    course = Course()
+    course.add({"train/loss": 2.0, "geometry/a/dead_fraction": 0.0, "geometry/b/dead_fraction": 0.5})
+    course.add({"train/loss": 2.0, "geometry/dead_fraction": 0.5} | dict.fromkeys(["geometry/a/dead_fraction"], 0.0))
+    assert course.scalars["dead experts"] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0], [5.0, math.nan, *[4.0] * 40], [5.0] * 30 + [math.inf]])
+def test_short_and_broken_runs_have_a_picture(losses, tmp_path):
+    courses = [Course(), Course()]
+    for course in courses:
+        for loss in losses:
+            course.add({"train/loss": loss})
+        course.outcome = {"events": []}
+    assert 3.0 < _top(courses) <= 5.0
+    draw(courses, tmp_path / "rescue.png")
+    assert (tmp_path / "rescue.png").exists()
 
 
 def test_an_order_that_was_refused_is_no_action():
