@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from trainers.progress import Silent
-from trainers.rescue_picture import draw
+from trainers.rescue_picture import check_path, draw
 from trainers.studies.runs import DataCache, Outcome, Run, StudyError, configurations, train_run
 
 #: The two runs: what they are called, and the override that makes them differ.
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         common = ["experiment=rescue", f"seed={options.seed}", f"data.seed={options.seed}", *options.overrides]
         configs = configurations(Run(name, [*common, switch], {}) for name, switch in RUNS.items())
-        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        check_path(options.picture)  # before the training
         with tempfile.TemporaryDirectory() as folder:
             courses = show(watch(configs, Path(folder)), configs[0]["loop"]["steps"])
         print(report(courses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,23 @@ def draw(courses: Sequence[Course], path: Path) -> None:
     figure.suptitle("\n".join(_legend(actions(courses[-1]))), fontsize=8, x=0.01, ha="left", y=-0.01, va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def check_path(path: Path) -> None:
+    """Make the folder of the picture, and see whether it could be written.
+
+    Raises:
+        OSError: it could not be.
+        ValueError: a name that is none of a picture.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.is_dir() or path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--picture must be a file that ends in .png (or {', '.join(sorted(kinds))}), got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"--picture {path} cannot be written")
 
 
 def actions(course: Course) -> list[dict[str, Any]]:

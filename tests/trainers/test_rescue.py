@@ -107,6 +107,18 @@ def test_a_process_that_dies_is_told_and_takes_the_other_with_it(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("name", ["", "picture", "picture.xyz", "file/picture.png"])
+def test_a_picture_that_cannot_be_written_is_told_before_the_training(name, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(rescue, "watch", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stopped:
+        rescue.main(["--picture", str(tmp_path / name)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
 def test_a_mistaken_override_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         rescue.main(["loop.stepps=3"])
