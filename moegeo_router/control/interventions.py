@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import simplex
-from ..geometry.rows import OrthonormalRows, UnitRows
+from ..geometry.rows import OrthonormalRows, PolarRows, UnitRows
 from ..optim.stack import bias_of
 from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
@@ -112,7 +112,8 @@ class Temperature(Intervention):
     A temperature is the common scale of the rows (and the bias): that is what is divided, so nothing is put into the
     forward pass. A cosine router has a temperature of its own. As under a division in the forward pass, an optimizer's
     step of some length then changes the logits τ times less: without that, the rate that has made them large would do
-    so again. Natural steps are measured in what they change, and stay as they are.
+    so again. Natural steps are measured in what they change, those of polar rows by Riemannian Adam in the rows' own
+    length, and the rows of a cosine router are divided in the forward pass: these stay as they are.
 
     Args:
         scale: τ is such that ``logit_scale``, where it is known, comes down to this,
@@ -135,30 +136,31 @@ class Temperature(Intervention):
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Divide the logits by τ."""
         factor = min(max(order.values.get("logit_scale", 0.0) / self._scale, self._least), self._most)
-        self._soften(plant, order.layer, math.log(factor))
-        return Applied(done=True, detail={"factor": factor}, memory={"log_factor": math.log(factor)})
+        memory = {"log_factor": math.log(factor), "slows": _slows(plant, order.layer)}
+        self._soften(plant, order.layer, math.log(factor), memory)
+        return Applied(done=True, detail={"factor": factor}, memory=memory)
 
     def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Go one step of the way back, if it is on it."""
         left, rest = memory.get("left"), memory["log_factor"]
         if left is None:
             return memory
-        self._soften(plant, layer, -rest / left)
-        return {"log_factor": rest - rest / left, "left": left - 1} if left > 1 else None
+        self._soften(plant, layer, -rest / left, memory)
+        return {**memory, "log_factor": rest - rest / left, "left": left - 1} if left > 1 else None
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Go the whole way back."""
-        self._soften(plant, layer, -memory["log_factor"])
+        self._soften(plant, layer, -memory["log_factor"], memory)
 
     def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
         """Begin the way back."""
         return {**memory, "left": self._anneal}
 
-    def _soften(self, plant: Plant, layer: str, log_factor: float) -> None:
-        """Divide the logits by ``exp`` of this, and the speed with them."""
+    def _soften(self, plant: Plant, layer: str, log_factor: float, memory: Mapping[str, Any]) -> None:
+        """Divide the logits by ``exp`` of this, and the speed with them if it was so from the beginning."""
         divide_logits(plant, layer, math.exp(log_factor))
         plant.softened[layer] = plant.softened.get(layer, 0.0) + log_factor
-        if not plant.is_natural(layer):
+        if memory.get("slows", not plant.is_natural(layer)):
             plant.slow(layer, self.name, math.exp(-log_factor))
 
 
@@ -221,6 +223,13 @@ def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | None:
     if _cosine(plant, layer) is not None:
         return bias
     return None if isinstance(manifold_of(site.weight), UnitRows | OrthonormalRows) else [site.weight, *bias]
+
+
+def _slows(plant: Plant, layer: str) -> bool:
+    """Whether steps are to be slowed with the logits: not those that change them less by themselves."""
+    scale_free = plant.steps is not None and layer in plant.steps.names
+    scale_free = scale_free and isinstance(manifold_of(plant.sites[layer].weight), PolarRows)
+    return not (plant.is_natural(layer) or scale_free or _cosine(plant, layer) is not None)
 
 
 def _cosine(plant: Plant, layer: str) -> GeometricRouter | None:

@@ -154,6 +154,10 @@ class ControlLoop:
             memory = self._known[standing.name].advance(self._plant, standing.layer, standing.memory)
             self._set_memory(standing, memory)
 
+    def limit_speed(self, limits: Mapping[str, float | None]) -> None:
+        """Go on from the speed limits that the user has set; what brakes multiplies them."""
+        self._plant.limit_speed(limits)
+
     def remove(self) -> None:
         """Take the hooks off."""
         for probe in self._plant.probes.values():

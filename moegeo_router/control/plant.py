@@ -77,6 +77,13 @@ class Plant:
             owners[owner] = factor
         self._brake(layer)
 
+    def limit_speed(self, limits: Mapping[str, float | None]) -> None:
+        """Take note of the speed limits that the user has set anew, and multiply them by the factors in force."""
+        for layer, limit in limits.items():
+            self._limits[layer] = limit
+            if self.speed_factors.get(layer):
+                self._brake(layer)
+
     def slow(self, layer: str, owner: str, factor: float) -> float:
         """Multiply the factor that someone set, and return it; what others of that name did stays."""
         now = self.speed_of(layer, owner) * factor

@@ -95,7 +95,7 @@ class Snapshots:
         self._taken = list(state)
 
     def _soften(self, saved: Mapping[str, float], layers: Iterable[str]) -> None:
-        """Make up for temperatures that were not in force in a snapshot, or are not any more: they are in its weights."""
+        """Make up for temperatures that a snapshot's weights lack, or hold although they are over."""
         for name in layers:
             missing = self._plant.softened.get(name, 0.0) - saved.get(name, 0.0)
             if not math.isclose(missing, 0.0, abs_tol=1e-9):

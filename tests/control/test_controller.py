@@ -205,7 +205,11 @@ def test_what_could_not_be_done_costs_no_budget():
 
 
 def test_what_stands_is_released_although_a_second_order_was_refused():
-    made, kinds, fsi = controller(least_gain=0.2, release_after=50, ladders={"expert collapse": ["regularizers"]}), [], 1.0
+    made, kinds, fsi = (
+        controller(least_gain=0.2, release_after=50, ladders={"expert collapse": ["regularizers"]}),
+        [],
+        1.0,
+    )
     for step in range(1, 300):
         for decision, _ in made.update(reading(step, fsi=fsi)).orders:
             kinds.append((decision.kind, decision.strength))
