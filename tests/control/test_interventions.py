@@ -64,7 +64,7 @@ def test_a_temperature_slows_a_step_as_a_division_of_the_logits_would(step, mani
         if soft:
             Temperature().apply(plant_of(geometry), order(values={"logit_scale": 20.0}))
         steps[soft] = step_length(model, optimizer)
-    assert steps[True][1] / steps[False][1] == pytest.approx(0.25, rel=1e-3)
+    assert steps[True][1] / steps[False][1] == pytest.approx(0.25, rel=0.06)  # τ is trained, too
 
 
 def test_a_temperature_ends_as_it_began_although_natural_steps_were_left_in_between():
