@@ -230,7 +230,7 @@ class ControlLoop:
 
     def log(self, logger: Logger, step: int) -> list[Event]:
         """Write readings and events since the last call; return the events."""
-        if not self._said:
+        if not self._said and self.step:  # on an accelerator the first turn, which surveys, comes a step later
             self._said = True
             controller = self.controller
             fields = {

@@ -197,6 +197,8 @@ class Signals:
         self._first, self._lowest = state["losses"]
         self._loss = {name: Average(*pair) for name, pair in state["loss"].items()}
         self.layers = {name: _layer_of(layer) for name, layer in state["layers"].items()}
+        for layer in self.layers.values():  # a signal of one's own may be gone
+            layer.tracks = {metric: track for metric, track in layer.tracks.items() if metric in self._table}
 
     def _layer(self, name: str) -> LayerSignals:
         if name not in self.layers:
