@@ -223,6 +223,8 @@ class Geometry:
     def limit_speed(self, limit: float | None, layers: Sequence[str] | None = None) -> None:
         """Set the speed limit of natural steps from here on: a schedule of one's own, or an emergency brake.
 
+        Brakes of the controller multiply it.
+
         Args:
             limit: radians a step, before the factor of the learning-rate schedule; None: no limit.
             layers: whose; None: all that are stepped naturally.
@@ -232,7 +234,10 @@ class Geometry:
         """
         if self._steps is None:
             raise ValueError("no optimizer was given to attach, so there are no steps to limit")
-        self._steps.limit_speed(dict.fromkeys(self._steps.names if layers is None else layers, limit))
+        limits = dict.fromkeys(self._steps.names if layers is None else layers, limit)
+        self._steps.limit_speed(limits)
+        if self._control is not None:
+            self._control.limit_speed(limits)
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars of the last optimizer step, ``geometry/fsi`` …

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from trainers.progress import Silent
-from trainers.rescue_picture import draw
+from trainers.rescue_picture import check_path, draw
 from trainers.studies.runs import DataCache, Outcome, Run, StudyError, configurations, train_run
 
 #: The two runs: what they are called, and the override that makes them differ.
@@ -54,7 +55,8 @@ class Course:
         """Take in a step."""
         self.scalars["loss"].append(scalars["train/loss"])
         for label, name, combine in SHOWN:
-            values = [v for key, v in scalars.items() if key.startswith("geometry/") and key.endswith(f"/{name}")]
+            of_layer = re.compile(rf"geometry/[^/]+/{name}")  # not geometry/NAME, which is of the whole model
+            values = [value for key, value in scalars.items() if of_layer.fullmatch(key)]
             value = combine(values) if values else math.nan
             self.scalars[label].append(math.sqrt(value) if name == "z_loss" else value)
 
@@ -227,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         common = ["experiment=rescue", f"seed={options.seed}", f"data.seed={options.seed}", *options.overrides]
         configs = configurations(Run(name, [*common, switch], {}) for name, switch in RUNS.items())
-        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        check_path(options.picture)  # before the training
         with tempfile.TemporaryDirectory() as folder:
             courses = show(watch(configs, Path(folder)), configs[0]["loop"]["steps"])
         print(report(courses))

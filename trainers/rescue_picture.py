@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,23 @@ def draw(courses: Sequence[Course], path: Path) -> None:
     plt.close(figure)
 
 
+def check_path(path: Path) -> None:
+    """Make the folder of the picture, and see whether it could be written.
+
+    Raises:
+        OSError: it could not be.
+        ValueError: a name that is none of a picture.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.is_dir() or path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--picture must be a file that ends in .png (or {', '.join(sorted(kinds))}), got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"--picture {path} cannot be written")
+
+
 def actions(course: Course) -> list[dict[str, Any]]:
     """Return the interventions that were carried out, in their order, with how they ended."""
     events = [] if course.outcome is None else course.outcome["events"]
@@ -78,17 +97,20 @@ def _of(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _averaged(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and the running average with its beginning's bias taken out."""
+    """Return steps and the running average with its beginning's bias taken out, which passes over NaN and inf."""
     beta, total, weight, averages = 1 - 1 / SMOOTHING, 0.0, 0.0, []
     for value in values:
-        total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
-        averages.append(total / weight)
+        if math.isfinite(value):
+            total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
+        averages.append(total / weight if weight else math.nan)
     return np.arange(1, len(values) + 1), np.array(averages)
 
 
 def _top(courses: Sequence[Course]) -> float:
-    """Return an upper limit for the loss that leaves out the first fall."""
-    return max(max(_averaged(course.scalars["loss"])[1][20:], default=1.0) for course in courses)
+    """Return an upper limit for the loss that leaves out the first fall, where more than that was trained."""
+    averages = [_averaged(course.scalars["loss"])[1] for course in courses]
+    later = [value for values in averages for value in (values[20:] if len(values) > 20 else values)]
+    return max(filter(math.isfinite, later), default=1.0)
 
 
 def _mark(axes: Sequence[Any], done: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import simplex
-from ..geometry.rows import OrthonormalRows, UnitRows
+from ..geometry.rows import OrthonormalRows, PolarRows, UnitRows
 from ..optim.stack import bias_of
 from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
@@ -78,27 +78,23 @@ class PriorStep(Intervention):
         """Take the step."""
         if not order.load:
             return Applied(done=False, detail={"reason": "the load is not known"})
-        prior, bias = _prior(plant, order.layer), bias_of(plant.sites[order.layer])
-        tensor = prior.pi if prior is not None else bias
-        assert tensor is not None
-        memory = {"before": tensor.detach().clone()}
         change_E = self._log_prior(torch.tensor(order.load, dtype=torch.float64))
-        if prior is not None:
-            moved_E = prior.pi.double() * change_E.to(prior.pi.device).exp()
-            prior.pi.copy_(moved_E / moved_E.sum())
-        else:
-            tensor.add_(change_E.to(tensor))
-            memory = {"change": change_E}
-        return Applied(done=True, detail={"largest_change": float(change_E.abs().max())}, memory=memory)
+        self._move(plant, order.layer, change_E)
+        detail = {"largest_change": float(change_E.abs().max())}
+        return Applied(done=True, detail=detail, memory={"change": change_E})
 
     @torch.no_grad()
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Take the step back."""
+        """Take the step back; what the prior, or the training, has moved since stays."""
+        self._move(plant, layer, -memory["change"])
+
+    def _move(self, plant: Plant, layer: str, change_E: Tensor) -> None:
         prior, bias = _prior(plant, layer), bias_of(plant.sites[layer])
-        if "before" in memory and prior is not None:
-            prior.pi.copy_(memory["before"])
-        elif "change" in memory and bias is not None:
-            bias.sub_(memory["change"].to(bias))
+        if prior is not None:
+            moved_E = prior.pi.double() * change_E.to(prior.pi.device).exp()
+            prior.pi.copy_(moved_E / moved_E.sum())
+        elif bias is not None:
+            bias.add_(change_E.to(bias))
 
     def _log_prior(self, load_E: Tensor) -> Tensor:
         uniform_E = simplex.uniform(len(load_E), dtype=load_E.dtype)
@@ -116,7 +112,8 @@ class Temperature(Intervention):
     A temperature is the common scale of the rows (and the bias): that is what is divided, so nothing is put into the
     forward pass. A cosine router has a temperature of its own. As under a division in the forward pass, an optimizer's
     step of some length then changes the logits τ times less: without that, the rate that has made them large would do
-    so again. Natural steps are measured in what they change, and stay as they are.
+    so again. Natural steps are measured in what they change, those of polar rows by Riemannian Adam in the rows' own
+    length, and the rows of a cosine router are divided in the forward pass: these stay as they are.
 
     Args:
         scale: τ is such that ``logit_scale``, where it is known, comes down to this,
@@ -139,30 +136,32 @@ class Temperature(Intervention):
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Divide the logits by τ."""
         factor = min(max(order.values.get("logit_scale", 0.0) / self._scale, self._least), self._most)
-        self._soften(plant, order.layer, math.log(factor))
-        return Applied(done=True, detail={"factor": factor}, memory={"log_factor": math.log(factor)})
+        memory = {"log_factor": math.log(factor), "slows": _slows(plant, order.layer)}
+        self._soften(plant, order.layer, math.log(factor), memory)
+        return Applied(done=True, detail={"factor": factor}, memory=memory)
 
     def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Go one step of the way back, if it is on it."""
         left, rest = memory.get("left"), memory["log_factor"]
         if left is None:
             return memory
-        self._soften(plant, layer, -rest / left)
-        return {"log_factor": rest - rest / left, "left": left - 1} if left > 1 else None
+        self._soften(plant, layer, -rest / left, memory)
+        return {**memory, "log_factor": rest - rest / left, "left": left - 1} if left > 1 else None
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Go the whole way back."""
-        self._soften(plant, layer, -memory["log_factor"])
+        self._soften(plant, layer, -memory["log_factor"], memory)
 
     def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any]:
         """Begin the way back."""
         return {**memory, "left": self._anneal}
 
-    def _soften(self, plant: Plant, layer: str, log_factor: float) -> None:
-        """Divide the logits by ``exp`` of this, and the speed with them."""
-        _divide(plant, layer, math.exp(log_factor))
-        if not plant.is_natural(layer):
-            plant.set_speed(layer, self.name, plant.speed_of(layer, self.name) * math.exp(-log_factor))
+    def _soften(self, plant: Plant, layer: str, log_factor: float, memory: Mapping[str, Any]) -> None:
+        """Divide the logits by ``exp`` of this, and the speed with them if it was so from the beginning."""
+        divide_logits(plant, layer, math.exp(log_factor))
+        plant.softened[layer] = plant.softened.get(layer, 0.0) + log_factor
+        if memory.get("slows", not plant.is_natural(layer)):
+            plant.slow(layer, self.name, math.exp(-log_factor))
 
 
 class SlowDown(Intervention):
@@ -178,13 +177,11 @@ class SlowDown(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Halve it, again if it was ordered before."""
-        before = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, before / 2)
-        return Applied(done=True, detail={"factor": before / 2}, memory={"before": before})
+        return Applied(done=True, detail={"factor": plant.slow(order.layer, self.name, 1 / 2)})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Put it back."""
-        plant.set_speed(layer, self.name, float(memory["before"]))
+        """Double it again, whatever others of its kind stand."""
+        plant.slow(layer, self.name, 2)
 
 
 class CutRate(Intervention):
@@ -202,13 +199,11 @@ class CutRate(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Quarter it, again if it was ordered before."""
-        before = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, before / 4)
-        return Applied(done=True, detail={"factor": before / 4}, memory={"before": before})
+        return Applied(done=True, detail={"factor": plant.slow(order.layer, self.name, 1 / 4)})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Put it back."""
-        plant.set_speed(layer, self.name, float(memory["before"]))
+        """Bring it back four times, whatever others of its kind stand."""
+        plant.slow(layer, self.name, 4)
 
 
 def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
@@ -230,13 +225,21 @@ def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | None:
     return None if isinstance(manifold_of(site.weight), UnitRows | OrthonormalRows) else [site.weight, *bias]
 
 
+def _slows(plant: Plant, layer: str) -> bool:
+    """Whether steps are to be slowed with the logits: not those that change them less by themselves."""
+    scale_free = plant.steps is not None and layer in plant.steps.names
+    scale_free = scale_free and isinstance(manifold_of(plant.sites[layer].weight), PolarRows)
+    return not (plant.is_natural(layer) or scale_free or _cosine(plant, layer) is not None)
+
+
 def _cosine(plant: Plant, layer: str) -> GeometricRouter | None:
     module = plant.sites[layer].module
     return module if isinstance(module, GeometricRouter) and module.manifold == "sphere" else None
 
 
 @torch.no_grad()
-def _divide(plant: Plant, layer: str, factor: float) -> None:
+def divide_logits(plant: Plant, layer: str, factor: float) -> None:
+    """Divide what makes a router's logits: weight and bias, or the temperature of a cosine router."""
     cosine = _cosine(plant, layer)
     if cosine is not None:
         cosine.set_temperature(cosine.temperature * factor)

@@ -154,6 +154,10 @@ class ControlLoop:
             memory = self._known[standing.name].advance(self._plant, standing.layer, standing.memory)
             self._set_memory(standing, memory)
 
+    def limit_speed(self, limits: Mapping[str, float | None]) -> None:
+        """Go on from the speed limits that the user has set; what brakes multiplies them."""
+        self._plant.limit_speed(limits)
+
     def remove(self) -> None:
         """Take the hooks off."""
         for probe in self._plant.probes.values():
@@ -226,7 +230,7 @@ class ControlLoop:
 
     def log(self, logger: Logger, step: int) -> list[Event]:
         """Write readings and events since the last call; return the events."""
-        if not self._said:
+        if not self._said and self.step:  # on an accelerator the first turn, which surveys, comes a step later
             self._said = True
             controller = self.controller
             fields = {

@@ -34,6 +34,7 @@ class Plant:
         regularization: the regularizers.
         probes: what was last seen of each layer, for those that an intervention asked to look at.
         damper: brakes routers that are not stepped naturally; None without an optimizer.
+        softened: log of the temperature in force, by layer.
         speed_factors: factors on the routers' speed by layer, and by who set them.
         scores: the routers' score function.
         group: the data-parallel process group.
@@ -47,6 +48,7 @@ class Plant:
     regularization: Regularization
     probes: Mapping[str, LayerProbe]
     damper: Damper | None = None
+    softened: dict[str, float] = field(default_factory=dict)
     speed_factors: dict[str, dict[str, float]] = field(default_factory=dict)
     scores: ScoreFunction = "softmax"
     group: Any = None
@@ -75,14 +77,27 @@ class Plant:
             owners[owner] = factor
         self._brake(layer)
 
+    def limit_speed(self, limits: Mapping[str, float | None]) -> None:
+        """Take note of the speed limits that the user has set anew, and multiply them by the factors in force."""
+        for layer, limit in limits.items():
+            self._limits[layer] = limit
+            if self.speed_factors.get(layer):
+                self._brake(layer)
+
+    def slow(self, layer: str, owner: str, factor: float) -> float:
+        """Multiply the factor that someone set, and return it; what others of that name did stays."""
+        now = self.speed_of(layer, owner) * factor
+        self.set_speed(layer, owner, now)
+        return now
+
     def brakes(self) -> dict[str, Any]:
-        """Return factors and limits as they were found, plain numbers, for ``state_dict``."""
+        """Return temperatures, factors and limits as they were found, plain numbers, for ``state_dict``."""
         factors = {layer: dict(owners) for layer, owners in self.speed_factors.items()}
-        return {"limits": dict(self._limits), "factors": factors}
+        return {"limits": dict(self._limits), "factors": factors, "softened": dict(self.softened)}
 
     def set_brakes(self, state: Mapping[str, Any]) -> None:
         """Continue from ``brakes()``."""
-        self._limits = dict(state["limits"])
+        self._limits, self.softened = dict(state["limits"]), dict(state.get("softened", {}))
         self.speed_factors = {layer: dict(owners) for layer, owners in state["factors"].items()}
         for layer in self.speed_factors:
             self._brake(layer)

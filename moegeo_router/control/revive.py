@@ -128,6 +128,9 @@ class Revive(Intervention):
         _Work(plant, plant.sites[layer]).load(memory)
         _forget(plant, layer, memory["experts"])
 
+    def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Leave all as it is: what was revived has learnt since, and serves tokens."""
+
     def _attempt(
         self, plant: Plant, order: Order, live: Sequence[int], donors: Mapping[int, int], most: float
     ) -> Applied:

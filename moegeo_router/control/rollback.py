@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Scope
+from .interventions import divide_logits
 from .plant import Applied, Intervention, Order, Plant
 
 #: What a router's step has in common with those of the routers it is stepped with: it cannot go back alone.
@@ -54,6 +56,7 @@ class Snapshots:
             "modules": {name: _tensors(module) for name, module in modules.items()},
             "moments": {name: self._moments(module) for name, module in modules.items()},
             "steps": {name: state[name] for name in self._stepped(state, layers)},
+            "softened": dict(self._plant.softened),
         }
 
     def newest(self, step: int) -> dict[str, Any] | None:
@@ -72,7 +75,7 @@ class Snapshots:
 
     @torch.no_grad()
     def put_back(self, state: Mapping[str, Any], layers: Iterable[str]) -> None:
-        """Put a state back in place: of the whole model, or of some routers."""
+        """Put a state back in place, of the whole model or of some routers, at the temperatures of now."""
         steps, layers = self._plant.steps, list(layers)
         for name, module in self._modules(layers).items():
             own = module.state_dict()
@@ -81,6 +84,7 @@ class Snapshots:
             self._load_moments(module, state["moments"][name])
         if steps is not None:
             steps.load_state_dict(self._with_saved(state["steps"], steps.state_dict(), layers))
+        self._soften(state.get("softened", {}), self._plant.sites if self._scope == "everything" else layers)
 
     def state(self) -> list[dict[str, Any]]:
         """Return the snapshots, for ``state_dict``."""
@@ -89,6 +93,13 @@ class Snapshots:
     def load(self, state: Sequence[dict[str, Any]]) -> None:
         """Continue from ``state()``."""
         self._taken = list(state)
+
+    def _soften(self, saved: Mapping[str, float], layers: Iterable[str]) -> None:
+        """Make up for temperatures that a snapshot's weights lack, or hold although they are over."""
+        for name in layers:
+            missing = self._plant.softened.get(name, 0.0) - saved.get(name, 0.0)
+            if not math.isclose(missing, 0.0, abs_tol=1e-9):
+                divide_logits(self._plant, name, math.exp(missing))
 
     def _modules(self, layers: Iterable[str] | None) -> dict[str, nn.Module]:
         if self._scope == "everything":
@@ -162,15 +173,18 @@ class Rollback(Intervention):
         if not is_back:
             memory["before"] = self._snapshots.now(order.step, [order.layer])
             self._snapshots.put_back(state, [order.layer])
-        memory["factor"] = plant.speed_of(order.layer, self.name)
-        plant.set_speed(order.layer, self.name, memory["factor"] / 2)
-        return Applied(done=True, detail={"snapshot_of": state["step"], "speed": memory["factor"] / 2}, memory=memory)
+        speed = plant.slow(order.layer, self.name, 1 / 2)
+        return Applied(done=True, detail={"snapshot_of": state["step"], "speed": speed}, memory=memory)
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
         """Bring back what was there before."""
         if "before" in memory:
             self._snapshots.put_back(memory["before"], [layer])
-        plant.set_speed(layer, self.name, memory["factor"])
+        plant.slow(layer, self.name, 2)
+
+    def release(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
+        """Be as fast as before; what was broken does not come back, and what was learnt since stays."""
+        plant.slow(layer, self.name, 2)
 
 
 def _copied(value: Any) -> Any:

@@ -247,16 +247,31 @@ def test_one_expert_no_tokens_and_bf16_are_no_news():
     assert not [event for event in geometry.events() if event.level == "error"]
 
 
+class Unknown(torch.optim.SGD):
+    """An optimizer with moments of a shape that nobody knows."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sketch"] = torch.zeros(3)
+        return super().step(closure)
+
+
+def test_what_can_be_done_is_logged_as_it_was_found_at_the_first_step(tmp_path):
+    model = collapsing()
+    mg.geometrize(model)
+    optimizer = Unknown(model.parameters(), lr=1e-2)
+    geometry = mg.attach(model, optimizer, config("act"))
+    logger = JSONLLogger(tmp_path / "metrics.jsonl")
+    geometry.log_control(logger, 0)  # an accelerator's first reading comes a step later
+    fit(model, geometry, optimizer, batches(2), logger=logger)
+    logger.close()
+    (row,) = [row for row in read_jsonl(logger.path) if row.get("event") == "controller"]
+    assert row["available"] == {name: list(names) for name, names in geometry._control.available.items()}
+    assert "revive" not in row["available"]["0.gate"]
+
+
 def test_what_cannot_be_done_is_said_once_with_the_reason():
-    class Unknown(torch.optim.SGD):
-        """An optimizer with moments of a shape that nobody knows."""
-
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    self.state[p]["sketch"] = torch.zeros(3)
-            return super().step(closure)
-
     model = collapsing()
     mg.geometrize(model)
     optimizer = Unknown(model.parameters(), lr=1e-2)

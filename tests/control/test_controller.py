@@ -8,6 +8,7 @@ import pytest
 from moegeo_router.control.config import ControlConfig
 from moegeo_router.control.controller import Controller
 from moegeo_router.control.reading import LayerReading, Reading
+from moegeo_router.control.thresholds import Threshold
 
 ALL = ("regularizers", "prior", "speed", "router_lr", "temperature", "revive", "rollback")
 
@@ -202,6 +203,33 @@ def test_what_could_not_be_done_costs_no_budget():
             if decision.name in ("regularizers", "prior") and decision.kind == "apply":
                 made.refuse(decision, "cannot")
     assert applied == ["regularizers", "prior", "speed"]
+
+
+def test_what_stands_is_released_although_a_second_order_was_refused():
+    made, kinds, fsi = (
+        controller(least_gain=0.2, release_after=50, ladders={"expert collapse": ["regularizers"]}),
+        [],
+        1.0,
+    )
+    for step in range(1, 300):
+        for decision, _ in made.update(reading(step, fsi=fsi)).orders:
+            kinds.append((decision.kind, decision.strength))
+            if decision.kind == "apply":
+                fsi = 0.88 if decision.strength == 1 else 0.05
+            if decision.strength == 2:
+                made.refuse(decision, "cannot")
+    assert kinds == [("apply", 1), ("keep", 1), ("apply", 2), ("release", 1)]
+
+
+def test_a_run_goes_on_without_a_metric_that_is_no_longer_known():
+    twins = Threshold(metric="twins", failure="expert collapse", warning=0.5, critical=1.0)
+    made = controller(more_thresholds=(twins,))
+    run(made, [reading(step, fsi=0.9, scalars={"twins": 0.9}) for step in range(1, 80)])
+    fresh = controller()
+    fresh.load(json.loads(json.dumps(made.state())))
+    events = run(fresh, [reading(step, fsi=0.05) for step in range(80, 140)])
+    assert fresh.signals.calm
+    assert [e for e in events if e.detail.get("kind") == "keep"]
 
 
 def test_a_layer_that_was_given_up_is_acted_on_again_after_it_was_well_for_long():

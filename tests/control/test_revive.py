@@ -70,8 +70,10 @@ def test_undo_after_training_keeps_what_others_learnt():
     applied = revived(watched, revive)
     train(watched, 3)
     learnt = weights.w_up.detach().clone()
-    revive.undo(watched.plant, watched.layer, applied.memory)
     experts = list(applied.detail["experts"])
+    assert revive.release(watched.plant, watched.layer, applied.memory) is None
+    assert torch.equal(weights.w_up, learnt), "released, it stays what it has become"
+    revive.undo(watched.plant, watched.layer, applied.memory)
     rest = [e for e in range(E) if e not in experts]
     assert torch.equal(weights.w_up[experts], before[experts])
     assert torch.equal(weights.w_up[rest], learnt[rest])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moegeo_router as mg
+from moegeo_router.control.interventions import Temperature
 from moegeo_router.control.plant import Order, Plant
 from moegeo_router.control.rollback import Rollback, Snapshots
 from tests.control.test_attached import Layer, attached, batches, collapsing, config, fit
@@ -144,6 +145,39 @@ def test_a_rollback_slows_down_and_can_be_undone(step):
     if step == "natural":
         assert geometry._steps.speed_limits["0.gate"] == pytest.approx(0.015)
     fit(model, geometry, optimizer, batches(3))
+
+
+@pytest.mark.parametrize("step", ["natural", None])
+def test_a_rollback_that_is_released_does_not_bring_back_what_was_broken(step):
+    model, optimizer, geometry = made(step)
+    plant, snapshots = plant_of(geometry), geometry._control._snapshots
+    fit(model, geometry, optimizer, batches(3))
+    snapshots.take(3)
+    with torch.no_grad():
+        model[0].gate.weight.mul_(100)
+    rollback = Rollback(snapshots)
+    applied = rollback.apply(plant, Order(step=4, layer="0.gate", failure="divergence"))
+    fit(model, geometry, optimizer, batches(3))
+    learnt = model[0].gate.weight.detach().clone()
+    assert rollback.release(plant, "0.gate", applied.memory) is None
+    assert torch.equal(model[0].gate.weight, learnt)
+    assert plant.speed_of("0.gate", "rollback") == 1
+
+
+@pytest.mark.parametrize("scope", ["routers", "everything"])
+def test_a_rollback_does_not_lose_a_temperature_that_stands(scope):
+    model, _, geometry = made(None)
+    plant, healthy, temperature = plant_of(geometry), model[0].gate.weight.detach().clone(), Temperature()
+    snapshots = Snapshots(plant, scope, 2)
+    snapshots.take(1)
+    order = Order(step=2, layer="0.gate", failure="brittle specialization", values={"logit_scale": 40.0})
+    soft = temperature.apply(plant, order).memory
+    back = Rollback(snapshots).apply(plant, order).memory
+    torch.testing.assert_close(model[0].gate.weight.detach(), healthy / 8)
+    temperature.undo(plant, "0.gate", soft)
+    torch.testing.assert_close(model[0].gate.weight.detach(), healthy)
+    Rollback(snapshots).undo(plant, "0.gate", back)
+    torch.testing.assert_close(model[0].gate.weight.detach(), healthy)  # softened then, and not any more
 
 
 def test_healthy_states_are_kept_while_it_acts():

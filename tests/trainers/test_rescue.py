@@ -8,7 +8,7 @@ from PIL import Image
 from tests.support.runs import TINY
 from trainers import rescue
 from trainers.rescue import RUNS, Course, report, show, watch
-from trainers.rescue_picture import actions, draw
+from trainers.rescue_picture import _top, actions, draw
 from trainers.studies.runs import Run, StudyError, configurations
 
 #: As collapsing as the real one, and small.
@@ -56,6 +56,25 @@ def test_the_report_and_the_picture_are_of_these_runs(watched, tmp_path):
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
+def test_dead_experts_are_those_of_the_layers_and_not_of_the_worst_once_more():
+    course = Course()
+    course.add({"train/loss": 2.0, "geometry/a/dead_fraction": 0.0, "geometry/b/dead_fraction": 0.5})
+    course.add({"train/loss": 2.0, "geometry/dead_fraction": 0.5} | dict.fromkeys(["geometry/a/dead_fraction"], 0.0))
+    assert course.scalars["dead experts"] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0], [5.0, math.nan, *[4.0] * 40], [5.0] * 30 + [math.inf]])
+def test_short_and_broken_runs_have_a_picture(losses, tmp_path):
+    courses = [Course(), Course()]
+    for course in courses:
+        for loss in losses:
+            course.add({"train/loss": loss})
+        course.outcome = {"events": []}
+    assert 3.0 < _top(courses) <= 5.0
+    draw(courses, tmp_path / "rescue.png")
+    assert (tmp_path / "rescue.png").exists()
+
+
 def test_an_order_that_was_refused_is_no_action():
     course = Course()
     identity = {"step": 9, "layer": "gate", "name": "rollback", "failure": "divergence"}
@@ -86,6 +105,18 @@ def test_a_process_that_dies_is_told_and_takes_the_other_with_it(tmp_path):
     with pytest.raises(StudyError, match="died"):
         for _ in watch(configs, tmp_path):
             pass
+
+
+@pytest.mark.parametrize("name", ["", "picture", "picture.xyz", "file/picture.png"])
+def test_a_picture_that_cannot_be_written_is_told_before_the_training(name, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(rescue, "watch", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stopped:
+        rescue.main(["--picture", str(tmp_path / name)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 def test_a_mistaken_override_is_one_line(capsys):
