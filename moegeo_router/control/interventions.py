@@ -19,18 +19,19 @@ from .plant import Applied, Intervention, Order, Plant
 
 
 class MoreRegularization(Intervention):
-    """Adds to a layer's weights of the load-balance loss and of FSI².
+    """Adds to a layer's weights of the load-balance loss and, if it is critical, of FSI².
+
+    FSI² acts on the probabilities of all experts, chosen or not: that is the stronger, and it costs some loss.
 
     Args:
-        balance: added at a warning, for each time it was ordered.
-        fsi: likewise.
-        critical: factor on both at the critical level.
+        balance: added for each time it was ordered, four times as much at the critical level.
+        fsi: added for each time it was ordered at the critical level, or where the choices are not known.
     """
 
     name, cost = "regularizers", "nothing but the regularizers themselves"
 
-    def __init__(self, balance: float = 0.005, fsi: float = 0.01, critical: float = 4.0) -> None:
-        self._balance, self._fsi, self._critical = balance, fsi, critical
+    def __init__(self, balance: float = 0.005, fsi: float = 0.04) -> None:
+        self._balance, self._fsi = balance, fsi
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
@@ -38,10 +39,11 @@ class MoreRegularization(Intervention):
 
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Add to the weights, the more the worse it is and the more often it was ordered."""
-        factor = order.strength * (self._critical if order.critical else 1.0)
-        more = {"fsi": factor * self._fsi}
+        more = {}
         if order.load:  # the balance loss needs the choices
-            more["balance"] = factor * self._balance
+            more["balance"] = order.strength * self._balance * (4 if order.critical else 1)
+        if order.critical or not order.load:
+            more["fsi"] = order.strength * self._fsi
         before = plant.regularization.added().get(order.layer, {}).get(self.name, {})
         plant.regularization.add_weights(order.layer, self.name, more)
         return Applied(done=True, detail=more, memory={"before": dict(before)})
