@@ -235,6 +235,7 @@ def test_an_order_for_the_whole_run_is_carried_out_where_it_can_be():
     assert [standing.layer for standing in loop._standing] == [LAYER]
     loop._undo(dataclasses.replace(decision, kind="undo"))
     assert not loop._standing
+    loop.controller.policy._record("run").standing.append([decision.name, decision.failure])
     _, (event,) = loop._apply(decision, orders[1:])
     assert "the load is not known" in event.line
 
