@@ -350,7 +350,10 @@ def test_wandb_holds_what_jsonl_holds_and_a_continuation_is_the_same_run(tmp_pat
     assert first.config["model"]["dim"] == 16
     written = [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     # What the controller read is for programs: wandb does not have it.
-    shown = [row for row in written if row.get("event") not in ("controller", "reading")]
-    assert [*first.history, *second.history] == shown
+    shown = [row for row in written if row.get("event") not in ("controller", "reading", "notice")]
+    history = [*first.history, *second.history]
+    (notice,) = [row for row in history if "event/notice" in row]
+    assert notice["step"] == 1
+    assert [row for row in history if row is not notice] == shown
     assert {"train/loss", "train/tokens_per_second", "geometry/fsi", "geometry/fhs"} <= written[0].keys()
     assert {"valid/loss", "valid/geometry/fsi_domain", "valid/geometry/fsi_domain_null"} <= written[-1].keys()
