@@ -1,4 +1,4 @@
-"""A brake on single routers, whatever optimizer steps them: a part of every step is taken back."""
+"""A brake on single routers, weight and bias, whatever optimizer steps them: a part of every step is taken back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..optim.stack import bias_of
 from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
 
@@ -27,7 +28,7 @@ class Damper:
     def __init__(self, sites: Mapping[str, RouterSite], optimizers: Sequence[Optimizer]) -> None:
         self._sites = sites
         self.factors: dict[str, float] = {}
-        self._before: dict[str, Tensor] = {}
+        self._before: list[tuple[str, nn.Parameter, Tensor]] = []
         self._handles = [optimizer.register_step_pre_hook(self._keep) for optimizer in optimizers]
 
     def set_factor(self, name: str, factor: float) -> None:
@@ -38,13 +39,13 @@ class Damper:
 
     def finish(self) -> None:
         """Take back a part of the steps made since the hooks ran."""
-        for name, before in self._before.items():
+        for name, parameter, before in self._before:
             with torch.no_grad():
-                weight, manifold = self._sites[name].weight, manifold_of(self._sites[name].weight)
-                damped = before + self.factors.get(name, 1.0) * (weight.detach() - before)
+                manifold = manifold_of(parameter)
+                damped = before + self.factors.get(name, 1.0) * (parameter.detach() - before)
                 projected = damped if manifold is None else manifold.projx(damped)  # type: ignore[operator]
-                weight.copy_(projected)
-        self._before = {}
+                parameter.copy_(projected)
+        self._before = []
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -55,7 +56,8 @@ class Damper:
         if not self.factors:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._before = [kept for kept in self._before if id(kept[1]) not in held]  # of a step that ended nowhere
         for name in self.factors:
-            weight = self._sites[name].weight
-            if id(weight) in held:
-                self._before[name] = weight.detach().clone()
+            for parameter in (self._sites[name].weight, bias_of(self._sites[name])):
+                if parameter is not None and id(parameter) in held:
+                    self._before.append((name, parameter, parameter.detach().clone()))

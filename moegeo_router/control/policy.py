@@ -141,7 +141,8 @@ class Policy:
         self._cases.pop(decision.layer, None)
         record = self._record(decision.layer)
         record.spent, self._spent = record.spent - 1, self._spent - 1
-        record.standing.pop()  # the newest: that of this order, not what stands of earlier ones
+        if record.standing[-1:] == [[decision.name, decision.failure]]:
+            record.standing.pop()  # that of this order; what stands of earlier ones does stand
         record.tried.setdefault(decision.failure, []).append(f"{decision.name}: not done ({reason})")
 
     def state(self) -> dict[str, Any]:

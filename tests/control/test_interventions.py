@@ -129,6 +129,19 @@ def test_brakes_multiply_whoever_set_them_and_each_takes_back_its_own():
     assert plant.damper.factors == {LAYER: pytest.approx(1 / 32)}
 
 
+def test_a_brake_holds_the_bias_too():
+    moved = {}
+    for braked in (False, True):
+        model, optimizer, geometry = made(None)
+        if braked:
+            CutRate().apply(plant_of(geometry), order())
+        before = model[0].gate.bias.detach().clone()
+        model(batches(1)[0]).sum().backward()
+        optimizer.step()
+        moved[braked] = float((model[0].gate.bias.detach() - before).norm())
+    assert moved[True] / moved[False] == pytest.approx(0.25, rel=1e-3)
+
+
 def test_a_natural_router_is_slowed_by_its_limit_and_not_by_its_rate():
     _, _, geometry = made("natural")
     plant, limit = plant_of(geometry), geometry._steps.speed_limits[LAYER]
