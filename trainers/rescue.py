@@ -26,6 +26,7 @@ import torch
 from trainers.progress import Silent
 from trainers.rescue_picture import check_path, draw
 from trainers.studies.runs import DataCache, Outcome, Run, StudyError, configurations, train_run
+from trainers.studies.workers import ctrl_c_ignored
 
 #: The two runs: what they are called, and the override that makes them differ.
 RUNS: Mapping[str, str] = {"without": "controller=off", "with": "controller=act"}
@@ -132,7 +133,8 @@ def _processes(configs: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[d
             directory = folder / str(number)
             directory.mkdir()
             process = context.Process(target=work, args=(theirs, config, str(directory)), daemon=True)
-            process.start()
+            with ctrl_c_ignored():
+                process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
             connections[ours] = number

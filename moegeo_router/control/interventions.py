@@ -23,9 +23,11 @@ class MoreRegularization(Intervention):
 
     FSI² acts on the probabilities of all experts, chosen or not: that is the stronger, and it costs some loss.
 
+    Each order adds its own, so that they end in any order.
+
     Args:
-        balance: added for each time it was ordered, four times as much at the critical level.
-        fsi: added for each time it was ordered at the critical level, or where the choices are not known.
+        balance: added, four times as much at the critical level.
+        fsi: added at the critical level, or where the choices are not known.
     """
 
     name, cost = "regularizers", "nothing but the regularizers themselves"
@@ -38,19 +40,19 @@ class MoreRegularization(Intervention):
         return plant.frozen(layer)
 
     def apply(self, plant: Plant, order: Order) -> Applied:
-        """Add to the weights, the more the worse it is and the more often it was ordered."""
+        """Add to the weights, the more the worse it is."""
         more = {}
         if order.load:  # the balance loss needs the choices
-            more["balance"] = order.strength * self._balance * (4 if order.critical else 1)
+            more["balance"] = self._balance * (4 if order.critical else 1)
         if order.critical or not order.load:
-            more["fsi"] = order.strength * self._fsi
-        before = plant.regularization.added().get(order.layer, {}).get(self.name, {})
-        plant.regularization.add_weights(order.layer, self.name, more)
-        return Applied(done=True, detail=more, memory={"before": dict(before)})
+            more["fsi"] = self._fsi
+        owner = f"{self.name} against {order.failure}, step {order.step}"
+        plant.regularization.add_weights(order.layer, owner, more)
+        return Applied(done=True, detail=more, memory={"owner": owner})
 
     def undo(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> None:
-        """Take them away again, down to those of the order before."""
-        plant.regularization.add_weights(layer, self.name, memory["before"])
+        """Take them away again."""
+        plant.regularization.add_weights(layer, memory["owner"], {})
 
 
 class PriorStep(Intervention):
@@ -138,9 +140,9 @@ class Temperature(Intervention):
     def apply(self, plant: Plant, order: Order) -> Applied:
         """Divide the logits by τ."""
         factor = min(max(order.values.get("logit_scale", 0.0) / self._scale, self._least), self._most)
-        memory = {"log_factor": math.log(factor), "slows": _slows(plant, order.layer)}
-        self._soften(plant, order.layer, math.log(factor), memory)
-        return Applied(done=True, detail={"factor": factor}, memory=memory)
+        memory: dict[str, Any] = {"slows": _slows(plant, order.layer)}
+        memory["log_factor"] = self._soften(plant, order.layer, math.log(factor), memory)
+        return Applied(done=True, detail={"factor": math.exp(memory["log_factor"])}, memory=memory)
 
     def advance(self, plant: Plant, layer: str, memory: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Go one step of the way back, if it is on it."""
@@ -158,12 +160,17 @@ class Temperature(Intervention):
         """Begin the way back."""
         return {**memory, "left": self._anneal}
 
-    def _soften(self, plant: Plant, layer: str, log_factor: float, memory: Mapping[str, Any]) -> None:
-        """Divide the logits by ``exp`` of this, and the speed with them if it was so from the beginning."""
-        divide_logits(plant, layer, math.exp(log_factor))
+    def _soften(self, plant: Plant, layer: str, log_factor: float, memory: Mapping[str, Any]) -> float:
+        """Divide the logits by ``exp`` of this, and the speed with them if it was so from the beginning.
+
+        Returns:
+            How far it got: the temperature of a cosine router has bounds.
+        """
+        log_factor = math.log(divide_logits(plant, layer, math.exp(log_factor)))
         plant.softened[layer] = plant.softened.get(layer, 0.0) + log_factor
         if memory.get("slows", not plant.is_natural(layer)):
             plant.slow(layer, self.name, math.exp(-log_factor))
+        return log_factor
 
 
 class SlowDown(Intervention):
@@ -240,10 +247,17 @@ def _cosine(plant: Plant, layer: str) -> GeometricRouter | None:
 
 
 @torch.no_grad()
-def divide_logits(plant: Plant, layer: str, factor: float) -> None:
-    """Divide what makes a router's logits: weight and bias, or the temperature of a cosine router."""
+def divide_logits(plant: Plant, layer: str, factor: float) -> float:
+    """Divide what makes a router's logits: weight, or the temperature of a cosine router, and bias.
+
+    Returns:
+        By how much they were divided, as far as that temperature's bounds allow.
+    """
     cosine = _cosine(plant, layer)
     if cosine is not None:
+        before = float(cosine.temperature)
         cosine.set_temperature(cosine.temperature * factor)
+        factor = float(cosine.temperature) / before
     for parameter in _scaled(plant, layer) or ():
         parameter.div_(factor)
+    return factor

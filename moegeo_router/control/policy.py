@@ -249,8 +249,10 @@ class Policy:
         del self._cases[case.layer]
         record = self._record(case.layer)
         record.tried.setdefault(case.failure, []).append(f"{case.name}: {how}")
-        if kind == "undo" and [case.name, case.failure] in record.standing:
-            record.standing.remove([case.name, case.failure])
+        if kind == "undo":
+            own = [i for i, entry in enumerate(record.standing) if entry == [case.name, case.failure]]
+            if own:  # it may have been released in the meantime
+                del record.standing[own[-1]]
         line = f"{case.name} in {case.layer} {how}: {numbers}"
         return Decision(kind=kind, step=step, layer=case.layer, failure=case.failure, name=case.name, line=line)
 

@@ -78,7 +78,7 @@ class LayerSignals:
 
     def values(self, reading: LayerReading) -> dict[str, float]:
         """Return the metrics of the table for one step's reading."""
-        found = dict(reading.scalars)
+        found = {name: value for name, value in reading.scalars.items() if math.isfinite(value)}
         if reading.counts and (total := sum(reading.counts)) > 0:
             found |= self._usage(reading.counts, total)
         if "z_loss" in found:

@@ -98,7 +98,7 @@ class Track:
         return cls(Average(), Average(), Average(), Average())
 
     def update(self, value: float, step: int, threshold: Threshold) -> None:
-        """Take in the value of a step; what is not finite counts as it is, and leaves the averages alone."""
+        """Take in the value of a step; one that is not finite is passed over."""
         if not math.isfinite(value):
             return
         before = self.fast.value

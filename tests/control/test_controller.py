@@ -1,6 +1,7 @@
 """Signals and policy on readings that are made up: what is seen, what is done, and that it ends."""
 
 import json
+import math
 import random
 
 import pytest
@@ -254,3 +255,18 @@ def test_what_was_missed_when_it_was_released_comes_back_at_once_and_stays():
     names = [kind for kind, name in kinds if name == "temperature"]
     assert names == ["apply", "keep", "release", "apply", "keep"]
     assert kinds == [(kind, "temperature") for kind in names]
+
+
+def test_a_number_that_is_not_finite_is_passed_over_and_leaves_no_trace():
+    def alerts(broken):
+        made, events = controller("observe"), []
+        for step in range(1, 200):
+            z_loss, entropy = (math.nan, math.nan) if step == broken else (4.0, 0.5)
+            scalars = {"z_loss": z_loss, "entropy_share": entropy if step < 150 else 0.001, "dispersion_1": z_loss / 40}
+            events += made.update(reading(step, scalars=scalars)).events
+        return [(e.step, e.line) for e in events], made.signals.layers["gate"].averages["entropy_slow"].value
+
+    whole, _ = alerts(broken=None)
+    found, slow = alerts(broken=30)
+    assert [line.split(",")[0] for _, line in found] == [line.split(",")[0] for _, line in whole]
+    assert math.isfinite(slow)

@@ -253,7 +253,7 @@ def test_an_order_for_the_whole_run_is_carried_out_where_it_can_be():
     assert "the load is not known" in event.line
 
 
-def test_regularization_grows_with_orders_and_severity_and_goes_back_order_by_order():
+def test_regularization_grows_with_orders_and_severity_and_each_takes_back_its_own():
     _, _, geometry = made(None)
     plant, more = plant_of(geometry), MoreRegularization(balance=0.005, fsi=0.04)
 
@@ -264,10 +264,24 @@ def test_regularization_grows_with_orders_and_severity_and_goes_back_order_by_or
     assert weights() == (0, 0)
     first = more.apply(plant, order())
     assert weights() == pytest.approx((0.005, 0.0))
-    second = more.apply(plant, order(strength=2, critical=True))
-    assert weights() == pytest.approx((0.04, 0.08))
-    more.undo(plant, LAYER, second.memory)
-    assert weights() == pytest.approx((0.005, 0.0))
-    more.undo(plant, LAYER, first.memory)
-    assert weights() == (0, 0)
+    second = more.apply(plant, dataclasses.replace(order(), step=40, strength=2))
+    assert weights() == pytest.approx((0.01, 0.0))
+    third = more.apply(plant, dataclasses.replace(order(), step=80, failure="divergence", critical=True))
+    assert weights() == pytest.approx((0.03, 0.04))
+    for memory, left in ((first, (0.025, 0.04)), (third, (0.005, 0.0)), (second, (0.0, 0.0))):
+        more.undo(plant, LAYER, memory.memory)
+        assert weights() == pytest.approx(left)
     assert more.apply(plant, order(load=())).detail == {"fsi": 0.04}, "the balance loss needs the choices"
+
+
+def test_a_cosine_router_at_the_bound_of_its_temperature_comes_back_to_where_it_was():
+    model, _, geometry = made(None, "sphere")
+    plant, router = plant_of(geometry), model[0].gate
+    with torch.no_grad():
+        router.set_temperature(torch.tensor([6.0]))
+    before = logits(model)
+    applied = Temperature().apply(plant, order(values={"logit_scale": 50.0}))
+    assert applied.detail["factor"] < 10, "the bound"
+    torch.testing.assert_close(logits(model), before / applied.detail["factor"])
+    Temperature().undo(plant, LAYER, applied.memory)
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-4)

@@ -72,7 +72,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, os.getpid(), str(folder)), daemon=True)
-        with _ctrl_c_ignored():  # children inherit it: Ctrl-C is for the study, which then ends them
+        with ctrl_c_ignored():  # children inherit it: Ctrl-C is for the study, which then ends them
             self._process.start()
         theirs.close()  # so that the death of the worker is the end of the pipe
         self.ready = False
@@ -105,7 +105,8 @@ class _Worker:
 
 
 @contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
+def ctrl_c_ignored() -> Iterator[None]:
+    """Have the processes that are started inside ignore Ctrl-C: it is for the one that started them."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python sets signals in the main thread only
         return
