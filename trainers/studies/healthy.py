@@ -67,12 +67,15 @@ class Healthy:
         ]
 
     def _pairs(self) -> Iterator[tuple[str, str, str, int]]:
-        """Yield setting, arm, kind and seed: no seed twice, so that pairs are independent, whatever they are of."""
+        """Yield setting, arm, kind and seed: no seed twice, so that pairs are independent, whatever they are of.
+
+        The first kind comes first: a study that is broken off has what its claims are about.
+        """
         places = [(setting, arm, kind) for kind in KINDS for setting, arms in SETTINGS.items() for arm in arms]
-        for number in range(self.seeds):
-            for index, (setting, arm, kind) in enumerate(places):
-                if kind == SAME or number < OTHERS:
-                    yield setting, arm, kind, FIRST_SEED + number * len(places) + index
+        numbered = [(number, *place) for number in range(self.seeds) for place in enumerate(places)]
+        for number, index, (setting, arm, kind) in sorted(numbered, key=lambda entry: entry[2][2] != SAME):
+            if kind == SAME or number < OTHERS:
+                yield setting, arm, kind, FIRST_SEED + number * len(places) + index
 
     def _overrides(self, setting: str, kind: str, seed: int) -> list[str]:
         changes, times = KINDS[kind]
