@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import simplex
-from ..geometry.rows import OrthonormalRows, PolarRows, UnitRows
 from ..optim.stack import bias_of
 from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
@@ -227,6 +226,8 @@ def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
 
 def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | None:
     """Return what a temperature divides, beside that of a cosine router: weight and bias; None if nothing can be."""
+    from ..geometry.rows import OrthonormalRows, UnitRows
+
     site = plant.sites[layer]
     bias = [bias for bias in (bias_of(site),) if bias is not None]
     if _cosine(plant, layer) is not None:
@@ -236,6 +237,8 @@ def _scaled(plant: Plant, layer: str) -> list[nn.Parameter] | None:
 
 def _slows(plant: Plant, layer: str) -> bool:
     """Whether steps are to be slowed with the logits: not those that change them less by themselves."""
+    from ..geometry.rows import PolarRows
+
     scale_free = plant.steps is not None and layer in plant.steps.names
     scale_free = scale_free and isinstance(manifold_of(plant.sites[layer].weight), PolarRows)
     return not (plant.is_natural(layer) or scale_free or _cosine(plant, layer) is not None)
