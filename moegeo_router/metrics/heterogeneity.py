@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..geometry.simplex import readable, widen
-from .load import amounts, load_share
+from .load import amounts
 
 #: An expert with at least this part of the fair load 1/E is chosen; with less than that of the signal it is starved.
 CHOSEN, STARVED = 0.5, 0.1
@@ -47,8 +47,7 @@ def fhs(traces: Tensor) -> Tensor:
     Raises:
         ValueError: no experts, traces that are not floating point or (checked on the CPU) negative.
     """
-    excess_E = _excess(_traces(traces))
-    return torch.linalg.vector_norm(excess_E, dim=-1) / math.sqrt(excess_E.shape[-1])
+    return _fhs(_traces(traces))
 
 
 def fhs_squared(traces: Tensor) -> Tensor:
@@ -109,15 +108,7 @@ def fhs_per_token(traces: Tensor, tokens: Tensor, rare: float = 1) -> Tensor:
         raise ValueError(f"tokens must be {tuple(traces.shape)}, got {tuple(tokens.shape)}")
     if not rare > 0:
         raise ValueError(f"rare must be positive, got {rare}")
-    t, n = _traces(traces), amounts("tokens", tokens)
-    kept = n >= rare
-    # Both sides of the quotient are masked: an omitted 0/0 would still put NaN in the gradient.
-    share_E = torch.where(kept, n / n.sum(dim=-1, keepdim=True), 1).to(t.dtype)
-    strength_E = torch.where(kept, t, 0) / share_E
-    count = kept.sum(dim=-1, keepdim=True, dtype=t.dtype)
-    mean = strength_E.sum(dim=-1, keepdim=True) / count
-    excess_E = torch.where(kept, (strength_E - mean) / mean, 0)
-    return torch.linalg.vector_norm(excess_E, dim=-1) / count.squeeze(dim=-1).sqrt()
+    return _fhs_per_token(_traces(traces), amounts("tokens", tokens), rare)
 
 
 def starved_fraction(traces: Tensor, counts: Tensor) -> Tensor:
@@ -139,10 +130,38 @@ def starved_fraction(traces: Tensor, counts: Tensor) -> Tensor:
     """
     if counts.shape != traces.shape:
         raise ValueError(f"counts must be {tuple(traces.shape)}, got {tuple(counts.shape)}")
-    t, fair = _traces(traces), 1 / traces.shape[-1]
-    total = t.sum(dim=-1)
-    starved = (load_share(counts) >= CHOSEN * fair) & (t < STARVED * fair * total.unsqueeze(-1))
-    return starved.to(t.dtype).mean(dim=-1).masked_fill(~(total > 0), torch.nan)
+    return _starved(_traces(traces), amounts("counts", counts))
+
+
+def signal_metrics(traces: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return what is logged of the traces (...), by the names of the log; traces and counts are checked only once.
+
+    Raises:
+        ValueError: see ``starved_fraction``.
+    """
+    t, n = _traces(traces), amounts("counts", counts)
+    return {"fhs": _fhs(t), "fhs_per_token": _fhs_per_token(t, n), "starved_fraction": _starved(t, n)}
+
+
+def _fhs(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_excess(t), dim=-1) / math.sqrt(t.shape[-1])
+
+
+def _fhs_per_token(t: Tensor, n: Tensor, rare: float = 1) -> Tensor:
+    kept = n >= rare
+    # Both sides of the quotient are masked: an omitted 0/0 would still put NaN in the gradient.
+    share_E = torch.where(kept, n / n.sum(dim=-1, keepdim=True), 1).to(t.dtype)
+    strength_E = torch.where(kept, t, 0) / share_E
+    count = kept.sum(dim=-1, keepdim=True, dtype=t.dtype)
+    mean = strength_E.sum(dim=-1, keepdim=True) / count
+    excess_E = torch.where(kept, (strength_E - mean) / mean, 0)
+    return torch.linalg.vector_norm(excess_E, dim=-1) / count.squeeze(dim=-1).sqrt()
+
+
+def _starved(t: Tensor, n: Tensor) -> Tensor:
+    fair, total, tokens = 1 / t.shape[-1], t.sum(dim=-1, keepdim=True), n.sum(dim=-1, keepdim=True)
+    starved = (n > 0) & (n >= CHOSEN * fair * tokens) & (t < STARVED * fair * total)
+    return torch.where(total.squeeze(dim=-1) > 0, starved.to(t.dtype).mean(dim=-1), torch.nan)
 
 
 def _excess(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..geometry.simplex import fisher_rao_distance, uniform
 from ..observe.statistics import LayerStatistics, RoutingStatistics
-from .heterogeneity import fhs, fhs_per_token, starved_fraction
+from .heterogeneity import fhs, signal_metrics
 from .load import load_metrics, load_share
 from .specialization import (
     dispersion_from_means,
@@ -126,10 +126,7 @@ def _of_alike(known: _Known, sums: LayerStatistics, last: Sequence[LayerStatisti
         scalars["fsi_load"] = over_maximum(scalars["fsi_load"], fsi_load_max(known.experts, known.k))
         scalars |= load_metrics(sums.counts)
     if known.traces:
-        scalars["fhs"] = fhs(sums.traces)
-    if known.traces and known.k:
-        scalars["fhs_per_token"] = fhs_per_token(sums.traces, sums.counts)
-        scalars["starved_fraction"] = starved_fraction(sums.traces, sums.counts)
+        scalars |= signal_metrics(sums.traces, sums.counts) if known.k else {"fhs": fhs(sums.traces)}
     if known.labelled:
         sums_LDE = sums.domain_p.unflatten(-1, (known.domains, known.experts))
         scalars["fsi_domain"] = fsi_domain_from_sums(sums_LDE, sums.domain_tokens)
