@@ -82,11 +82,11 @@ class Geometry:
     """What ``attach`` returns; see there."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], config: GeometryConfig) -> None:
-        self.config = config
         self._model = model = unwrapped(model)
         if config.fisher == "minibatch" and not optimizers:
             raise ValueError("fisher='minibatch' reads gradients when the optimizer steps: give attach the optimizer")
         sites = find_routers(model, config.select) if config.hooks or (optimizers and config.step) else []
+        self.config = config = config.for_routers(sites)
         if config.hooks:
             refuse_second_watch(sites)
         self._has_optimizer, self._attached, self._told_of_own_loss = bool(optimizers), True, False
@@ -388,7 +388,9 @@ class Geometry:
         if not optimizers:
             return None
         config = self.config
-        natural = NaturalRules(config.natural, config.scores, config.group) if config.step == "natural" else None
+        natural = (
+            NaturalRules(config.natural, config.routing.scores, config.group) if config.step == "natural" else None
+        )
         return RouterSteps(
             sites if config.step is not None else [],
             optimizers,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from .checks import check_choice, check_not_negative, check_whole
 from .control.config import ControlConfig, Mode
 from .control.own_signals import Signal, with_rows
 from .losses import Regularizers
-from .observe.fisher import Estimator, GatesScale, LossScale
-from .routers.find import Select
+from .observe.fisher import Estimator, LossScale
+from .routers.family import GatesScale, Routing, common_routing
+from .routers.find import RouterSite, Select
 from .routers.gating import ScoreFunction
 
 Step = Literal["riemannian", "natural"]
@@ -73,15 +75,16 @@ class GeometryConfig:
     Attributes:
         select: which routers, see ``find_routers``; by default those its rules find.
         hooks: tap the model's forward passes. False: only what ``record`` is given, for loops of one's own.
-        scores: the routers' score function, which makes p of their logits.
+        scores: the routers' score function, which makes p of their logits. None, here and below: what is known of
+            their family (``RouterFamily``), for others softmax.
         top_k: experts chosen per token, for layers that show logits only: their choices are then taken to be the k
-            largest logits. Without it such layers have no load metrics.
-        renormalize: for the same layers, whether the gates of a token's chosen experts sum to 1.
+            largest logits. Without it such layers have no load metrics, but for families that say it.
+        renormalize: for the same layers, whether the gates of a token's chosen experts sum to 1; by default they do.
         fisher: estimator of the experts' Fisher traces, from which FHS comes: ``"outputs"`` (any block),
             ``"parameters"`` (exact, linear experts), ``"minibatch"`` (needs an optimizer), or None.
         loss: whether the training loss is a ``"mean"`` over a forward's tokens or a ``"sum"`` over a total that all
             micro-batches and ranks share: it decides how the traces of unequal micro-batches add up.
-        gates: what the gates multiply, the experts' ``"output"`` or their ``"input"`` (Llama 4).
+        gates: what the gates multiply, the experts' ``"output"`` (the default) or their ``"input"`` (Llama 4).
         num_domains: D, for ``fsi_domain``; domains arrive by ``tokens(domains=...)`` or ``record(domains=...)``.
         regularizers: which are on. None: with an optimizer the defaults of ``Regularizers``, without one none.
         inject: the regularizers ride on the graph: their gradient joins that of the router's logits, and the loss of
@@ -114,12 +117,12 @@ class GeometryConfig:
 
     select: Select = None
     hooks: bool = True
-    scores: ScoreFunction = "softmax"
+    scores: ScoreFunction | None = None
     top_k: int | None = None
-    renormalize: bool = True
+    renormalize: bool | None = None
     fisher: Estimator | None = "outputs"
     loss: LossScale = "mean"
-    gates: GatesScale = "output"
+    gates: GatesScale | None = None
     num_domains: int = 0
     regularizers: Regularizers | None = None
     inject: bool = False
@@ -139,10 +142,10 @@ class GeometryConfig:
     group: Any = None
 
     def __post_init__(self) -> None:
-        check_choice("scores", self.scores, get_args(ScoreFunction))
+        check_choice("scores", self.scores, (*get_args(ScoreFunction), None))
         check_choice("fisher", self.fisher, (*get_args(Estimator), None))
         check_choice("loss", self.loss, get_args(LossScale))
-        check_choice("gates", self.gates, get_args(GatesScale))
+        check_choice("gates", self.gates, (*get_args(GatesScale), None))
         check_choice("step", self.step, (*get_args(Step), None))
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("controller", self.controller, (*get_args(Mode), None))
@@ -166,3 +169,21 @@ class GeometryConfig:
             raise ValueError(f"regularizers.fhs needs fisher='outputs', got {self.fisher!r}")
         if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "scale", None)):
             raise ValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(self.grad_scaler).__name__}")
+
+    @property
+    def routing(self) -> Routing:
+        """How the routers route, by this configuration alone."""
+        return self._said(Routing())
+
+    def for_routers(self, sites: Sequence[RouterSite]) -> GeometryConfig:
+        """Return the configuration with what it leaves open filled in from the families of the routers.
+
+        Raises:
+            ValueError: the routers differ in something that is left open.
+        """
+        routing = common_routing([(site.name, self._said(site.routing)) for site in sites] or [("", self.routing)])
+        return replace(self, **routing._asdict())
+
+    def _said(self, known: Routing) -> Routing:
+        own = {name: getattr(self, name) for name in Routing._fields}
+        return known._replace(**{name: value for name, value in own.items() if value is not None})

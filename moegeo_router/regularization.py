@@ -225,7 +225,7 @@ class Regularization:
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
         config, weights = self._config, self.weights_of(seen.layer)
         if (weights.fhs or weights.balance) and seen.ids is None and config.top_k is not None:
-            ids, gates = top_choices(rows(seen.logits), config.top_k, config.scores, config.renormalize)
+            ids, gates = top_choices(rows(seen.logits), config.top_k, config.routing.scores, config.routing.renormalize)
             seen = replace(seen, ids=ids, gates=gates)
         if weights.balance and seen.ids is None:
             raise RegularizerError(
@@ -235,7 +235,7 @@ class Regularization:
             raise RegularizerError(f"layer {seen.layer} does not show its gates, which fhs needs")
         reference = self._references.get(seen.layer)
         try:
-            return additive_loss(seen, weights, reference, scores=self._config.scores, tokens=tokens)
+            return additive_loss(seen, weights, reference, scores=self._config.routing.scores, tokens=tokens)
         except ValueError as error:
             raise RegularizerError(str(error)) from None
 

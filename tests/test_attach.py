@@ -197,7 +197,7 @@ def test_a_failure_switches_the_watching_off_and_not_the_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "relu"}, "scores must be 'softmax' or 'sigmoid'"),
+        ({"scores": "relu"}, "scores must be 'softmax', 'sigmoid' or None"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         ({"top_k": 5}, r"top_k=5: router blocks\.0\.gate has 4 experts"),
         ({"on_error": "ignore"}, "on_error must be 'warn' or 'raise'"),

@@ -62,12 +62,12 @@ def control_loop(
         regularization=regularization,
         probes={site.name: _probe(model, site) for site in sites} if mode == "act" else {},
         damper=Damper(by_name, optimizers) if optimizers and mode == "act" else None,
-        scores=config.scores,
+        scores=config.routing.scores,
         group=config.group,
     )
     snapshots = Snapshots(plant, control.snapshot_scope, control.snapshots)
     gentle = [MoreRegularization(), PriorStep(), Temperature(), SlowDown(), CutRate()]
-    revive = Revive(renormalize=config.renormalize, paused=paused)
+    revive = Revive(renormalize=config.routing.renormalize, paused=paused)
     known = [*gentle, revive, Rollback(snapshots), *config.interventions]
     _check_names(control, known)
     frozen = [site.name for site in sites if not site.weight.requires_grad]

@@ -90,7 +90,7 @@ def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, f
         ValueError: the experts are not found, or the estimator cannot see inside them.
     """
     if config.fisher == "outputs":
-        return OutputTraces(add, config.loss, config.gates, failed)
+        return OutputTraces(add, config.loss, config.routing.gates, failed)
     if config.fisher is None or tap is None:
         return NoTraces()
     site, experts = tap.site, tap.experts

@@ -81,7 +81,8 @@ class Findings:
     def _scores(self, seen: LayerForward, gates_TK: Tensor) -> None:
         """Compare the gates with what the score function makes of the logits: only their ratios, whatever the scale."""
         assert seen.ids is not None
-        other: ScoreFunction = "sigmoid" if self._config.scores == "softmax" else "softmax"
+        ours = self._config.routing.scores
+        other: ScoreFunction = "sigmoid" if ours == "softmax" else "softmax"
         if gates_TK.shape[-1] == 1:
             return
         share_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
@@ -90,10 +91,10 @@ class Findings:
             p_TK = routing_probabilities(rows(seen.logits.detach()), scores).gather(-1, rows(seen.ids).long())  # type: ignore[arg-type]
             return float((p_TK / p_TK.sum(dim=-1, keepdim=True) - share_TK).abs().nanmean())
 
-        if misfit(self._config.scores) > 0.02 and misfit(other) < 0.005:
+        if misfit(ours) > 0.02 and misfit(other) < 0.005:
             self._say(
                 "scores",
-                f"layer {seen.layer}: the gates are {other} scores of the logits, not {self._config.scores} ones: set "
+                f"layer {seen.layer}: the gates are {other} scores of the logits, not {ours} ones: set "
                 f"GeometryConfig(scores={other!r})",
             )
 

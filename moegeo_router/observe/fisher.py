@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from ..routers.experts import Experts
+from ..routers.family import GatesScale
 from .forward import LayerForward, kept
 from .hooks import Failed, Hook
 from .taps import LayerTap
 
 Estimator = Literal["parameters", "outputs", "minibatch"]
 LossScale = Literal["mean", "sum"]
-GatesScale = Literal["output", "input"]
 
 #: What receives the traces (E,) of one backward pass through one layer.
 AddTraces = Callable[[Tensor], None]

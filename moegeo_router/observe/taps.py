@@ -154,6 +154,8 @@ class LayerTap:
     def _choices(self, tensors: Sequence[Tensor], logits: Tensor) -> dict[str, Tensor]:
         experts = self.site.num_experts
         tokens = logits.numel() // experts
+        if self.site.routing.top_k is not None:
+            return {}  # a family whose routers show logits only; other integers are masks, or an order of the tokens
         for ids in tensors:
             if ids.is_floating_point() or ids.dtype == torch.bool or not ids.ndim:
                 continue

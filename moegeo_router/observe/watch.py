@@ -194,7 +194,7 @@ class Watch(Pausable):
             rows(seen.logits.detach()),
             None if seen.ids is None else rows(seen.ids),
             seen.mask,
-            self._config.scores,
+            self._config.routing.scores,
             gates=None if seen.gates is None else rows(seen.gates.detach()),
             domains=seen.domains,
             num_domains=self._config.num_domains,
@@ -205,7 +205,7 @@ class Watch(Pausable):
         config = self._config
         if seen.ids is not None or config.top_k is None:
             return seen
-        ids, gates = top_choices(rows(seen.logits), config.top_k, config.scores, config.renormalize)
+        ids, gates = top_choices(rows(seen.logits), config.top_k, config.routing.scores, config.routing.renormalize)
         return replace(seen, ids=ids, gates=gates)
 
     def _check_domains(self, domains: Tensor | None) -> None:

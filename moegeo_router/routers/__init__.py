@@ -1,6 +1,7 @@
 """Routers: the drop-in module, conversion of a model in place, gating, priors, and finding routers in a model."""
 
 from .convert import export, geometrize
+from .family import RouterFamily
 from .find import RouterSite, find_routers
 from .gating import Gating, routing_probabilities, topk_gating
 from .prior import ExpertPrior, SignBias
@@ -11,6 +12,7 @@ __all__ = [
     "ExpertPrior",
     "Gating",
     "GeometricRouter",
+    "RouterFamily",
     "RouterSite",
     "SignBias",
     "export",

@@ -7,14 +7,17 @@ itself, or one that holds an ``nn.Linear``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-#: What selects routers: a pattern of qualified names, a module type, a module, a predicate, or several of these.
-Selector = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+from ..integrations.families import known_family
+from .family import RouterFamily, Routing
+
+#: What selects routers: a pattern of qualified names, a module type, a module, a predicate, a family, or several.
+Selector = str | type[nn.Module] | nn.Module | RouterFamily | Callable[[str, nn.Module], bool]
 Select = Selector | Sequence[Selector] | None
 
 # Habits of the field: how code bases call the router.
@@ -30,11 +33,13 @@ class RouterSite:
         name: qualified name of the router module.
         module: the router module.
         projection: the module that holds the weight: the router itself, or its ``nn.Linear``.
+        routing: how it routes, as far as its family is known.
     """
 
     name: str
     module: nn.Module
     projection: nn.Module
+    routing: Routing = field(default_factory=Routing)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -63,10 +68,12 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     Args:
         model: any module.
         select: instead of the rules above: a pattern of qualified names (``"layers.*.mlp.gate"``; a star matches dots,
-            too), a module type, a module, a predicate ``(name, module) -> bool``, or a sequence of these.
+            too), a module type, a module, a predicate ``(name, module) -> bool``, a ``RouterFamily``, or a sequence of
+            these.
 
     Raises:
-        ValueError: no router found, a selector that selects nothing, or a selected module without an (E, D) weight.
+        ValueError: no router found, a selector that selects nothing, a selected module without an (E, D) weight, or a
+            router of a family that cannot be served.
         TypeError: a selector of another type.
     """
     chosen: list[tuple[str, nn.Module]] = []
@@ -79,7 +86,8 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     if not chosen:
         raise ValueError(_nothing_found(model, select))
     _check_every_selector(select, chosen)
-    return [_site(model, name, module) for name, module in chosen]
+    families = [selector for selector in _selectors(select) if isinstance(selector, RouterFamily)]
+    return [_site(model, name, module, families) for name, module in chosen]
 
 
 def _selectors(select: Select) -> Iterator[Selector]:
@@ -100,9 +108,11 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
         return isinstance(module, selector)
     if isinstance(selector, nn.Module):
         return module is selector
+    if isinstance(selector, RouterFamily):
+        return selector.matches(module)
     if callable(selector):
         return bool(selector(name, module))
-    raise TypeError(f"select takes name patterns, module types, modules or predicates, got {selector!r}")
+    raise TypeError(f"select takes name patterns, module types, modules, predicates or families, got {selector!r}")
 
 
 def _check_every_selector(select: Select, chosen: list[tuple[str, nn.Module]]) -> None:
@@ -112,6 +122,8 @@ def _check_every_selector(select: Select, chosen: list[tuple[str, nn.Module]]) -
 
 
 def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    if known_family(module) is not None:
+        return True
     class_name = type(module).__name__
     if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
         return _projection(model, name, module) is not None
@@ -148,8 +160,13 @@ def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | N
     return linears[0] if len(linears) == 1 else None
 
 
-def _site(model: nn.Module, name: str, module: nn.Module) -> RouterSite:
-    projection = _projection(model, name, module)
+def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[RouterFamily]) -> RouterSite:
+    family = next((family for family in families if family.matches(module)), known_family(module))
+    try:
+        routing = Routing() if family is None else family.routing(module)
+    except ValueError as error:
+        raise ValueError(f"router {name} ({type(module).__name__}) cannot be served: {error}") from None
+    projection = _named_projection(name, module, family) or _projection(model, name, module)
     if projection is None:
         linears = [child for child, m in module.named_children() if isinstance(m, nn.Linear)]
         raise ValueError(
@@ -163,7 +180,16 @@ def _site(model: nn.Module, name: str, module: nn.Module) -> RouterSite:
         raise ValueError(f"the weight of router {name} must have experts and inputs, got {tuple(weight.shape)}")
     if weight.device == torch.device("meta"):
         raise ValueError(f"the weight of router {name} is on the meta device: materialise the model first")
-    return RouterSite(name=name, module=module, projection=projection)
+    return RouterSite(name=name, module=module, projection=projection, routing=routing)
+
+
+def _named_projection(name: str, module: nn.Module, family: RouterFamily | None) -> nn.Module | None:
+    if family is None or family.projection is None:
+        return None
+    try:
+        return module.get_submodule(family.projection)
+    except AttributeError:
+        raise ValueError(f"router {name} ({type(module).__name__}) has no layer {family.projection!r}") from None
 
 
 def _nothing_found(model: nn.Module, select: Select) -> str:

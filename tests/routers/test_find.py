@@ -50,7 +50,7 @@ ROUTERS = {
     "router": (block(router=linear()), ["router"]),
     "wg": (block(gate=block(wg=linear())), ["gate.wg"]),
     "TopKGate with wg": (block(gate=of_class("TopKGate", wg=linear())), ["gate"]),
-    "JetMoe": (block(router=of_class("JetMoeTopKGating", layer=linear())), ["router"]),
+    "JetMoe": (block(router=of_class("JetMoeTopKGating", layer=linear(), top_k=2)), ["router"]),
     "Dbrx": (block(router=of_class("DbrxRouter", layer=linear())), ["router"]),
     "Gemma": (block(anything=of_class("GemmaTextRouter", norm=nn.LayerNorm(D), proj=linear())), ["anything"]),
     "DeepSeek": (block(mlp=of_class("MoEGate", weight=nn.Parameter(torch.randn(E, D)))), ["mlp"]),
@@ -104,7 +104,9 @@ def test_every_selector_must_select():
 
 
 def test_selectors_of_another_type():
-    with pytest.raises(TypeError, match="select takes name patterns, module types, modules or predicates, got 3"):
+    with pytest.raises(
+        TypeError, match="select takes name patterns, module types, modules, predicates or families, got 3"
+    ):
         find_routers(linear(), 3)
     with pytest.raises(TypeError, match="got None"):
         find_routers(linear(), ["x", None])
