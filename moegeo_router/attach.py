@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .config import GeometryConfig
 from .control.controller import Event
+from .control.selection_bias import SelectionBiases
 from .control.wiring import control_loop, guard_of
 from .losses import Regularizers
 from .metrics.load import load_share
@@ -83,6 +84,8 @@ class Geometry:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], config: GeometryConfig) -> None:
         self._model = model = unwrapped(model)
+        if config.bias_speed and not optimizers:
+            raise ValueError("bias_speed changes the model: without an optimizer attach only watches")
         if config.fisher == "minibatch" and not optimizers:
             raise ValueError("fisher='minibatch' reads gradients when the optimizer steps: give attach the optimizer")
         sites = find_routers(model, config.select) if config.hooks or (optimizers and config.step) else []
@@ -104,12 +107,15 @@ class Geometry:
             strict=RegularizerError,
         )
         self._steps: RouterSteps | None = None
+        self._biases: SelectionBiases | None = None
         self._control: ControlLoop | None = None
         # Before the steps are taken over: a gradient that is not finite must reach no one.
         self._guard = guard_of(optimizers, config)
         self._numbers: dict[str, Tensor] = {}
         try:
             self._steps = self._take_over(sites, optimizers)
+            if config.bias_speed:
+                self._biases = SelectionBiases(model, sites, config.bias_speed)
             self._control = control_loop(
                 model,
                 sites,
@@ -430,6 +436,8 @@ class Geometry:
                     numbers |= self._control.end_step(self._watch.window, reduced, numbers, skipped, self._scalars)
                 # After the controller, which may have changed what they weigh.
                 numbers["regularizers"] = self._regularization.end_step(reduced)
+                if self._biases is not None and not skipped:
+                    self._biases.update(reduced)
                 self._reduced, self._numbers = reduced, numbers
                 self._watch.window.post(reduced, numbers)
         # Only now, when every rank has learnt of it: a natural step is one of all ranks together.
@@ -444,6 +452,7 @@ class Geometry:
     def _stop_regularizing(self) -> str:
         lost = ", its regularizers are off" if self._regularization.on else ""
         # Nobody sees the tokens any more that natural steps need.
+        lost += ", selection biases rest" if self._biases is not None else ""
         lost += ", Riemannian Adam steps the routers" if self._steps is not None and self._steps.natural else ""
         self._regularization = Regularization(Regularizers.none(), False, self.config)
         return lost

@@ -99,6 +99,9 @@ class GeometryConfig:
         router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or 1 times the group's
             schedule (``"natural"``).
         natural: how natural steps are made.
+        bias_speed: u of loss-free balancing, ``b ← b + u · sign(mean n - n)`` once a step, for the biases that routers
+            like DeepSeek-V3's have for choosing experts only, and that nobody else updates; 0.001 is usual. 0: they are
+            left alone.
         controller: ``"observe"``: alerts when a metric of the table goes wrong; ``"advise"``: also what it would do
             about it; ``"act"``: and does it. None: no controller. It never changes which step the routers have.
         control: thresholds, set-points, ladders and budgets of the controller.
@@ -131,6 +134,7 @@ class GeometryConfig:
     step: Step | None = "natural"
     router_lr: float = 1.0
     natural: NaturalConfig = field(default_factory=NaturalConfig)
+    bias_speed: float = 0.0
     controller: Mode | None = "observe"
     control: ControlConfig = field(default_factory=ControlConfig)
     signals: tuple[Signal, ...] = ()
@@ -154,6 +158,7 @@ class GeometryConfig:
                 check_whole(name, getattr(self, name), least)
         if not 0 <= self.router_lr < float("inf"):
             raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
+        check_not_negative("bias_speed", self.bias_speed)
         if self.regularizers is not None and not isinstance(self.regularizers, Regularizers):
             raise ValueError(f"regularizers must be a Regularizers(...) or None, got {self.regularizers!r:.80}")
         if not isinstance(self.natural, NaturalConfig):
