@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,transformers,dev]"
 	@# An oracle of the tests, without what it asks for and they do not use: torchvision, whose build for GPUs would come.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt curvlinops-for-pytorch einconv linear_operator opt_einsum
+	@# A peer, for the bench alone.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt moewatch
 	@touch $@
 
 demo: setup  ## train a small MoE language model on real text, with geometry

@@ -23,6 +23,7 @@ from moegeo_router.control.guard import Guard
 from moegeo_router.control.loop import ControlLoop
 from moegeo_router.loggers import NullLogger
 from moegeo_router.observe.forward import LayerForward
+from trainers import speed_transformers
 from trainers.data.base import Batch
 from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig, Trainer
@@ -276,6 +277,7 @@ def comparisons(device: torch.device) -> list[Comparison | Part]:
         compare_traces(device),
         compare_natural_step(device),
         compare_wide_natural_step(device),
+        *speed_transformers.rows(device),
         *(compare_controller(device, mode) for mode in ("observe", "act")),
         *(part_of_controller(device, mode) for mode in ("observe", "act")),
     ]
