@@ -72,10 +72,19 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
             these.
 
     Raises:
-        ValueError: no router found, a selector that selects nothing, a selected module without an (E, D) weight, or a
-            router of a family that cannot be served.
+        ValueError: no router found, a selector that selects nothing, a selected module without an (E, D) weight, a
+            router of a family that cannot be served, or one on the meta device.
         TypeError: a selector of another type.
     """
+    sites = sites_of(model, select)
+    for site in sites:
+        if site.weight.device == torch.device("meta"):
+            raise ValueError(f"the weight of router {site.name} is on the meta device: materialise the model first")
+    return sites
+
+
+def sites_of(model: nn.Module, select: Select = None) -> list[RouterSite]:
+    """Return what ``find_routers`` does, also of a model that is not there yet: one on the meta device."""
     chosen: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside_chosen = any(name.startswith(f"{outer}." if outer else "") for outer, _ in chosen)
@@ -178,8 +187,6 @@ def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[Rou
         raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")
     if 0 in weight.shape:
         raise ValueError(f"the weight of router {name} must have experts and inputs, got {tuple(weight.shape)}")
-    if weight.device == torch.device("meta"):
-        raise ValueError(f"the weight of router {name} is on the meta device: materialise the model first")
     return RouterSite(name=name, module=module, projection=projection, routing=routing)
 
 
