@@ -73,8 +73,6 @@ def test_a_family_of_ones_own_says_where_and_how():
     assert found["geometry/fsi"] == pytest.approx(float(mg.fsi(p.mean(0))) / mg.fsi_max(E), rel=1e-4)
     most = 2 * math.acos(math.sqrt(K / E))
     assert found["geometry/fsi_load"] == pytest.approx(float(mg.fsi(load)) / most, rel=1e-4)
-        float(mg.fsi(load)) / (2 * math.acos(math.sqrt(K / E))), rel=1e-4
-    )
     assert found["geometry/fhs"] > 0
 
 
