@@ -55,7 +55,7 @@ def _named(router: Any) -> Any:
 
 
 def _activation(router: Any) -> Any:
-    return type(router.score_fn).__name__.lower()
+    return type(router.score_fn).__name__.lower().removesuffix("activation")
 
 
 #: By class name of the router; the first that a class is, or is derived from.

@@ -30,7 +30,9 @@ class LayerTap:
     differently. Of the router's outputs, floating point (..., E) are the logits: of several the one nearest to
     ``x Wᵀ + b``, and where all are scores instead (in [0, 1], unlike ``x Wᵀ + b``) the logits are computed; this is
     found out once. Integers (..., K) are the chosen experts, floating point of their shape the gates. What the router
-    does not return is looked for in the inputs of the experts. Not seen: eval mode and forwards under ``no_grad``. A
+    does not return is looked for in the inputs of the experts. The output is what the gates weigh: that of stacked
+    experts that are called with them, else that of the block (which may be a whole decoder layer, norms included). Not
+    seen: eval mode and forwards under ``no_grad``. A
     forward that activation checkpointing runs again is seen only where the first one left no graph (reentrant
     checkpointing), marked as ``recomputed``.
 
@@ -63,6 +65,7 @@ class LayerTap:
         self._finder = LogitsFinder(site)
         self._inside = False
         self._had_graph = False
+        self._experts_mix = False  # the experts return the sum that the gates weigh
         self._seen: dict[str, Any] | None = None
         hook = Hook(self._router, failed, exclusive)
         self._handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
@@ -74,6 +77,7 @@ class LayerTap:
         if experts is not None and _is_called(experts.container) and experts.container is not block:
             hook = Hook(self._experts, failed)
             self._handles.append(experts.container.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(experts.container.register_forward_hook(Hook(self._experts_left, failed)))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -110,7 +114,8 @@ class LayerTap:
         x = x if x is not None and x.numel() == tokens * x.shape[-1] else None
         self._seen = {"logits": logits, "x": x, "recomputed": again} | known | self._choices(tensors, logits)
         output = self._joined(output)
-        if not self._inside:
+        # A checkpointed layer that is the block itself does not close when it runs again: its experts do.
+        if not self._inside and not (again and self._experts_mix):
             self._flush(None)
         return output
 
@@ -129,6 +134,15 @@ class LayerTap:
         if self._seen is not None and self._seen.get("ids") is None:
             self._seen |= self._choices(list(tensors_in((*args, *kwargs.values()))), self._seen["logits"])
 
+    def _experts_left(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._seen is None:
+            return
+        if self._seen.get("gates") is not None:
+            self._seen["output"] = self._output(list(tensors_in(output)), self._seen["logits"])
+            self._experts_mix = self._seen["output"] is not None
+        if not self._inside:
+            self._flush(None)
+
     def _close(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._inside = False
         self._flush(output)
@@ -136,8 +150,9 @@ class LayerTap:
     def _flush(self, output: Any) -> None:
         seen, self._seen = self._seen, None
         if seen is not None:
-            found = self._output(list(tensors_in(output)), seen["logits"])
-            self._sink(LayerForward(layer=self.site.name, output=found, **seen))
+            if seen.get("output") is None:
+                seen["output"] = self._output(list(tensors_in(output)), seen["logits"])
+            self._sink(LayerForward(layer=self.site.name, **seen))
 
     def _output(self, tensors: Sequence[Tensor], logits: Tensor) -> Tensor | None:
         """Return the block's output among the tensors it returned: a row for each token, of the input's width."""

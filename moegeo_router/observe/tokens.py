@@ -107,7 +107,8 @@ class TokenTap:
         self._two_sides = {"encoder", "decoder"} <= names
         self._given: dict[str, Tensor | None] = {}
         self._running: list[Tokens] = []
-        self._latest: Tokens | None = None
+        #: By layer, what checkpointing may run again: an encoder's tokens are not those of the decoder that ran last.
+        self._latest: dict[str, Tokens] = {}
         self._handles = []
         self._names: dict[nn.Module, list[str]] = {}
         for module in _around(model, layers):
@@ -144,14 +145,16 @@ class TokenTap:
         Args:
             layer: its name.
             tokens: T.
-            recomputed: inside the backward pass; then it is the latest forward that is computed again.
+            recomputed: inside the backward pass; then it is the layer's latest forward that is computed again.
 
         Raises:
             ValueError: a mask, segments or domains for another number of tokens.
         """
-        known = self._latest if recomputed else self._running[-1] if self._running else None
+        known = self._latest.get(layer) if recomputed else self._running[-1] if self._running else None
         if known is None:
             known = replace(Tokens(), **self._given)  # type: ignore[arg-type]
+        if not recomputed:
+            self._latest[layer] = known
         decoder = self._two_sides and "decoder" in layer.split(".")
         return known.of_decoder(tokens) if decoder else known.of_encoder(tokens)
 
@@ -166,10 +169,7 @@ class TokenTap:
             self._begins(arguments)
         outer = self._running[-1] if self._running else Tokens(trained=torch.is_grad_enabled())
         # What the caller gave outranks what the model's arguments say.
-        tokens = replace(outer, **(self._found(arguments, outer) | self._given))
-        self._running.append(tokens)
-        if tokens.trained and module.training and self._active():
-            self._latest = tokens
+        self._running.append(replace(outer, **(self._found(arguments, outer) | self._given)))
 
     def _found(self, arguments: Mapping[str, Any], outer: Tokens) -> dict[str, Any]:
         mask, segments = _matrix(arguments.get("attention_mask")), _matrix(arguments.get("segment_ids"))
