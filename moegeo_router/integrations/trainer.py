@@ -34,6 +34,8 @@ except ImportError as error:
         "MoEGeometryCallback needs transformers and accelerate: pip install 'moegeo-router[transformers]'"
     ) from error
 
+from .trainer_weights import WholeCheckpoints
+
 FORMAT = 1
 #: The file in a checkpoint's folder; ranks other than the first have one with their number in it.
 STATE = "geometry.pt"
@@ -141,6 +143,7 @@ class MoEGeometryCallback(TrainerCallback):
             "training_step": self._training_step,
             "_save_optimizer_and_scheduler": self._save,
             "_load_optimizer_and_scheduler": self._load,
+            **WholeCheckpoints(trainer).around(),
         }
         with _first(trainer, self), _around(trainer, own):
             self._running, self._resumed = True, None

@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import moegeo_router as mg
 
