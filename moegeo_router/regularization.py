@@ -246,7 +246,7 @@ class Regularization:
         gates = None if used is None else used.detach().requires_grad_()
         # A checkpointed region's hooks would take these tensors for its own, and run the region again for them.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            loss = self._additive(replace(seen, logits=logits, gates=gates), None) / self._config.accumulation
+            loss = self._additive(replace(seen, logits=logits, gates=gates), None) / self._config.micro_batches
             if self._config.grad_scaler is not None:
                 loss = self._config.grad_scaler.scale(loss)
             wanted = [logits] if gates is None else [logits, gates]
