@@ -219,7 +219,8 @@ class Regularization:
         if not self.on:
             return torch.zeros(0)
         for layer, sums in reduced.layers.items():
-            self._references[layer] = linearize(self.weights_of(layer), sums, self._sensitivities.get(layer))
+            weights = Regularizers.none() if self._frozen(layer) else self.weights_of(layer)
+            self._references[layer] = linearize(weights, sums, self._sensitivities.get(layer))
         return torch.stack([self._references[layer].value for layer in reduced.layers])
 
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
