@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import GeometryConfig
 from ..integrations.transformers import observe_experts
-from ..routers.experts import block_of, find_experts
+from ..routers.experts import block_of, find_experts, refuse_sharded
 from ..routers.find import RouterSite
 from .fisher import AddTraces, MinibatchTraces, NoTraces, OutputTraces, ParameterTraces, TraceEstimator
 from .hooks import Failed, Hook
@@ -37,22 +37,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return inner
 
 
-def refuse_sharded(sites: Sequence[RouterSite]) -> None:
-    """Raise a ValueError if a router's weight is sharded."""
-    for site in sites:
-        if type(site.weight.data).__name__ == "DTensor":
-            raise ValueError(
-                f"the weight of router {site.name} is a DTensor: sharded, expert- and tensor-parallel models are not "
-                "supported"
-            )
-
-
-def check_sites(sites: Sequence[RouterSite], config: GeometryConfig) -> None:
-    """Raise a ValueError if ``top_k`` does not fit a router, or a router's weight is sharded."""
+def check_sites(model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig) -> None:
+    """Raise a ValueError if ``top_k`` does not fit a router, or a router or its experts are sharded."""
     for site in sites:
         if config.top_k is not None and config.top_k > site.num_experts:
             raise ValueError(f"top_k={config.top_k}: router {site.name} has {site.num_experts} experts")
-    refuse_sharded(sites)
+    refuse_sharded(model, sites)
 
 
 def taps_of(
