@@ -102,8 +102,8 @@ NOTES = {
     "DiffusionGemmaTextRouter": "returns probabilities: the logits are taken from its `proj`",
     "Inkling2TopKRouter": "as long as `scoring_func` is sigmoid",
     "JetMoeTopKGating": "also in the attention, whose router has no FHS by outputs",
-    "LagunaTopKRouter": "where `moe_router_logit_softcapping` bends the logits by over a tenth, natural steps fall back "
-    "to Riemannian Adam",
+    "LagunaTopKRouter": "where `moe_router_logit_softcapping` bends the logits by over a tenth, natural steps fall "
+    "back to Riemannian Adam",
     "Llama4Router": "gates on the experts' input",
     "MuseSparkTopkRouter": "natural steps fall back to Riemannian Adam: its logits are `output_multiplier · x Wᵀ`",
     "NllbMoeTop2Router": "the load is of the router's choices: transformers 5.23 sends every token to experts 0 and 1",
