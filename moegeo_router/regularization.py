@@ -47,7 +47,7 @@ def regularization_of(
         ValueError: regularizers were asked for and a router is frozen.
     """
     asked = config.regularizers
-    frozen = [site.name for site in sites if not site.weight.requires_grad]
+    frozen = [site.name for site in sites if site.frozen]
     if asked is not None and asked.active and frozen:
         raise ValueError(f"regularizers were asked for, but the routers {', '.join(frozen)} are frozen")
     weights = asked if asked is not None else Regularizers() if trained else Regularizers.none()
@@ -197,7 +197,7 @@ class Regularization:
             warnings.warn(f"{message}, or switch them off with {off}", stacklevel=5)
 
     def _frozen(self, layer: str) -> bool:
-        return layer in self._sites and not self._sites[layer].weight.requires_grad
+        return layer in self._sites and self._sites[layer].frozen
 
     def end_step(self, reduced: RoutingStatistics) -> Tensor:
         """Refer to the reduced sums of this step from now on; return the regularizers' value there, (layers,)."""

@@ -56,7 +56,10 @@ class Plant:
 
     def frozen(self, layer: str) -> str | None:
         """Return why a router cannot be moved, None if it can."""
-        return None if self.sites[layer].weight.requires_grad else "the router is frozen"
+        site = self.sites[layer]
+        if site.adapted:
+            return "the router is trained by an adapter (LoRA)"
+        return "the router is frozen" if site.frozen else None
 
     def is_natural(self, layer: str) -> bool:
         """Whether a router is stepped naturally, so that its speed is limited in radians."""

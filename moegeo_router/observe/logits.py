@@ -29,7 +29,8 @@ class LogitsFinder:
     def __init__(self, site: RouterSite) -> None:
         self._site = site
         self._which: int | None = None  # of the candidates; -1: computed
-        self._is_linear = type(site.module).forward in (nn.Linear.forward, GeometricRouter.forward)
+        linear = type(site.module).forward in (nn.Linear.forward, GeometricRouter.forward)
+        self._is_linear = linear or site.module is site.adapter
         self.projected: tuple[Tensor, Tensor] | None = None
 
     def input(self, inputs: Sequence[Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config import NaturalConfig
+from ..config import GeometryConfig, NaturalConfig
 from ..observe.build import refuse_sharded, unwrapped
 from ..observe.forward import LayerForward
 from ..observe.hooks import Pausable
@@ -44,7 +44,7 @@ class NaturalGradient(Pausable, Optimizer):
         weight_decay: decoupled, towards 0 at the rate ``lr · weight_decay`` a step, inside the limit; polar and
             Euclidean rows only.
         maximize: ascend.
-        scores: the routers' score function.
+        scores: the routers' score function; None: what is known of their family, for others softmax.
         process_group: the data-parallel process group.
         options: fields of ``NaturalConfig``: ``limit``, ``momentum``, ``second_moment``, ``damping`` …. All but
             ``rows`` and ``block`` may change in a group while it runs.
@@ -67,7 +67,7 @@ class NaturalGradient(Pausable, Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        scores: ScoreFunction = "softmax",
+        scores: ScoreFunction | None = None,
         process_group: Any = None,
         **options: Any,
     ) -> None:
@@ -83,9 +83,11 @@ class NaturalGradient(Pausable, Optimizer):
         self._built = True
         self._rules: list[NaturalRules] = []
         self._stacks: list[RouterStack] = []
+        routers = [site for sites, _ in chosen for site in sites]
+        routing = GeometryConfig(scores=scores).for_routers(routers).routing
         for index, (sites, _) in enumerate(chosen):
-            self._add_stacks(index, sites, scores, process_group)
-        self._taps = self._tap(model, [site for sites, _ in chosen for site in sites])
+            self._add_stacks(index, sites, routing.scores, process_group)
+        self._taps = self._tap(model, routers)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -177,6 +177,12 @@ class RouterSteps:
     def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
         """Put routers together that can be stepped as one: the same optimizer, group, manifold and shape."""
         held = []
+        if adapted := [site.name for site in sites if site.adapted]:
+            warnings.warn(
+                f"the routers {', '.join(adapted)} are trained by adapters (LoRA), which your optimizer steps: only "
+                "their weights could be stepped along a manifold, and these are frozen",
+                stacklevel=4,
+            )
         for site in sites:
             manifold, place = manifold_of(site.weight), self._place(site.weight)
             if not site.weight.requires_grad and (manifold is None or place is None):

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..integrations import peft
 from ..integrations.families import known_family
 from .family import RouterFamily, Routing
 
@@ -34,17 +35,29 @@ class RouterSite:
         module: the router module.
         projection: the module that holds the weight: the router itself, or its ``nn.Linear``.
         routing: how it routes, as far as its family is known.
+        adapter: PEFT's layer (LoRA) that adds to the weight, None if there is none.
     """
 
     name: str
     module: nn.Module
     projection: nn.Module
     routing: Routing = field(default_factory=Routing)
+    adapter: nn.Module | None = None
 
     @property
     def weight(self) -> nn.Parameter:
         """The (E, D) weight."""
         return self.projection.weight  # type: ignore[return-value]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether its weight rests, and an adapter that adds to it is trained."""
+        return not self.weight.requires_grad and self.adapter is not None and peft.trains(self.adapter)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it is trained."""
+        return not self.weight.requires_grad and not self.adapted
 
     @property
     def num_experts(self) -> int:
@@ -72,14 +85,23 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
             these.
 
     Raises:
-        ValueError: no router found, a selector that selects nothing, a selected module without an (E, D) weight, or a
-            router of a family that cannot be served.
+        ValueError: no router found, a selector that selects nothing, a selected module without an (E, D) weight, a
+            router of a family that cannot be served, or one on the meta device.
         TypeError: a selector of another type.
     """
+    sites = sites_of(model, select)
+    for site in sites:
+        if site.weight.device == torch.device("meta"):
+            raise ValueError(f"the weight of router {site.name} is on the meta device: materialise the model first")
+    return sites
+
+
+def sites_of(model: nn.Module, select: Select = None) -> list[RouterSite]:
+    """Return what ``find_routers`` does, also of a model that is not there yet: one on the meta device."""
     chosen: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside_chosen = any(name.startswith(f"{outer}." if outer else "") for outer, _ in chosen)
-        if not inside_chosen and (
+        if not (inside_chosen or peft.is_at_rest(model, name)) and (
             _looks_like_router(model, name, module) if select is None else _selected(select, name, module)
         ):
             chosen.append((name, module))
@@ -128,10 +150,11 @@ def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
         return _projection(model, name, module) is not None
     parent_name, _, leaf = name.rpartition(".")
-    if not isinstance(module, nn.Linear) or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
+    linear = module if isinstance(module, nn.Linear) else peft.base_linear(module)
+    if linear is None or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
         return False
-    beside = module.out_features in _expert_counts(model.get_submodule(parent_name))
-    return beside or (leaf != "gate" and module.out_features > 1)
+    beside = linear.out_features in _expert_counts(model.get_submodule(parent_name))
+    return beside or (leaf != "gate" and linear.out_features > 1)
 
 
 def _expert_counts(parent: nn.Module) -> set[int]:
@@ -152,7 +175,7 @@ def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | N
     """Return what holds a router's weight: itself, its only linear layer, or the one as wide as the experts beside."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-        return module
+        return peft.base_linear(module) or module
     linears = [child for child in module.children() if isinstance(child, nn.Linear)]
     if len(linears) > 1:
         counts = _expert_counts(model.get_submodule(name.rpartition(".")[0]))
@@ -178,9 +201,8 @@ def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[Rou
         raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")
     if 0 in weight.shape:
         raise ValueError(f"the weight of router {name} must have experts and inputs, got {tuple(weight.shape)}")
-    if weight.device == torch.device("meta"):
-        raise ValueError(f"the weight of router {name} is on the meta device: materialise the model first")
-    return RouterSite(name=name, module=module, projection=projection, routing=routing)
+    adapter = peft.adapter_of(model, name)
+    return RouterSite(name=name, module=module, projection=projection, routing=routing, adapter=adapter)
 
 
 def _named_projection(name: str, module: nn.Module, family: RouterFamily | None) -> nn.Module | None:

@@ -1,0 +1,161 @@
+"""``python -m moegeo_router.check``: true of the models it looks at, and plain about what it cannot look at."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import moegeo_router as mg
+from moegeo_router import check
+from tests.control.test_selection_bias import LATENT, SIZES
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = {
+    "Qwen3Moe": {"num_experts": 8, "head_dim": 8},
+    "DeepseekV3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1, **LATENT},
+    "Llama4": {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1},
+}
+
+
+def saved(folder: Path, family: str = "Qwen3Moe", change=lambda model: None, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    name = "Llama4TextConfig" if family == "Llama4" else f"{family}Config"
+    config = getattr(transformers, name)(**SIZES | FAMILIES[family] | options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    change(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def said(folder: Path, *options: str, capsys) -> str:
+    assert check.main([str(folder), "--tokens", "256", *options]) == 0
+    printed = capsys.readouterr()
+    return printed.out
+
+
+def refused(*arguments: str, capsys) -> str:
+    capsys.readouterr()
+    assert check.main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("family", "scores", "gates", "bias"),
+    [
+        ("Qwen3Moe", "softmax", "output", "none"),
+        ("DeepseekV3", "sigmoid", "output", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("Llama4", "sigmoid", "input", "none"),
+    ],
+)
+def test_it_says_what_is_there(family, scores, gates, bias, tmp_path, capsys):
+    model = saved(tmp_path, family)
+    sites = mg.find_routers(model)
+    text = said(tmp_path, capsys=capsys)
+    assert f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters" in text
+    assert f"{len(sites)} router" in text
+    assert f"{type(sites[0].module).__name__}, {sites[0].num_experts} experts, 32 inputs" in text
+    assert f"scores: {scores}; chosen experts: 2 a token; gates multiply the experts' {gates}" in text
+    assert f"bias for choosing only: {bias}" in text
+    assert ("bias_speed=0.001" in text) == (bias != "none")
+    for site in sites:
+        assert site.name in text
+    norms = torch.cat([site.weight.norm(dim=1) for site in sites])
+    assert f"norms of rows {norms.min():.3g} to {norms.max():.3g}" in text
+
+
+def test_a_token_meets_its_chosen_experts_and_all_that_is_not_an_expert(tmp_path, capsys):
+    model = saved(tmp_path)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    active = sum(p.numel() for p in model.parameters()) - experts * 6 // 8
+    assert f", {active:,} active for a token" in said(tmp_path, capsys=capsys)
+
+
+def test_the_memory_is_that_of_an_attached_model(tmp_path, capsys):
+    model = saved(tmp_path, hidden_size=128, num_hidden_layers=3).train()
+    text = said(tmp_path, capsys=capsys)
+    mg.geometrize(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    geometry = mg.attach(model, optimizer, mg.GeometryConfig(inject=True))
+    ids = torch.randint(3, 99, (8, 32))
+    for _ in range(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    held = sum(t.numel() * t.element_size() for t in check._tensors(geometry.state_dict()["routers"]))
+    amount, unit = re.search(r"memory: ([\d.]+) (KiB|MiB)", text).groups()
+    assert float(amount) * {"KiB": 2**10, "MiB": 2**20}[unit] == pytest.approx(held, rel=0.1)
+
+
+def test_weights_in_the_folder_that_bode_ill_are_named(tmp_path, capsys):
+    def spoil(model: nn.Module) -> None:
+        first, second = (site.weight.data for site in mg.find_routers(model))
+        first[0] = 0
+        first[2] = 3 * first[1]
+        second[5, 1] = torch.nan
+
+    saved(tmp_path, change=spoil)
+    text = said(tmp_path, capsys=capsys)
+    assert "model.layers.0.mlp.gate: 1 rows that are zero" in text
+    assert "model.layers.0.mlp.gate: 1 pairs of rows that point the same way" in text
+    assert "model.layers.1.mlp.gate: 1 rows that are not finite" in text
+
+
+def test_a_configuration_alone_is_enough_and_sharded_weights_are_found(tmp_path, capsys):
+    model = saved(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    assert "weights in the folder (2)" in said(tmp_path / "shards", capsys=capsys)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    assert "weights: not looked at" in said(tmp_path / "bare", capsys=capsys)
+
+
+def test_a_quantised_model_is_looked_at_as_it_is(tmp_path, capsys):
+    saved(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    file.write_text(json.dumps(config))
+    assert "quantised (fp8): its experts are left alone" in said(tmp_path, capsys=capsys)
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    saved(tmp_path)
+    assert "select='no.such.*'" in refused(str(tmp_path), "--select", "no.such.*", capsys=capsys)
+    assert "--tokens must be at least 1" in refused(str(tmp_path), "--tokens", "0", capsys=capsys)
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(str(tmp_path / "empty"), capsys=capsys)
+    dense = transformers.LlamaConfig(**{k: v for k, v in SIZES.items() if "expert" not in k and "moe" not in k})
+    dense.save_pretrained(tmp_path / "dense")
+    assert "no router found in LlamaForCausalLM" in refused(str(tmp_path / "dense"), capsys=capsys)
+    zaya = tmp_path / "deepseek_v4"
+    transformers.DeepseekV4Config(num_hidden_layers=2, vocab_size=99).save_pretrained(zaya)
+    line = refused(str(zaya), capsys=capsys)
+    assert "its scores are sqrtsoftplus" in line
+    assert "cannot be served" in line
+
+
+def test_without_transformers_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'moegeo-router[transformers]'" in refused(str(tmp_path), capsys=capsys)
+
+
+def test_a_name_that_is_not_there_is_one_line_without_a_network(tmp_path):
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moegeo_router.check", "nobody/no-such-model"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
