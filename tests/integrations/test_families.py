@@ -27,6 +27,7 @@ from tests.support.witness import Call, fsi_of, hooks_of, logits_of, mask_of, p_
 pytest.importorskip("transformers")
 
 LR = 0.01
+_BLIND = r"layer .* shows logits, not the experts chosen: .*GeometryConfig\(top_k=\.\.\.\) takes the k largest"
 families = pytest.mark.parametrize("family", tiny.available())
 
 
@@ -62,8 +63,10 @@ def stock() -> Callable[[str], Stock]:
 def known_warnings(family: str) -> Iterator[None]:
     """Let pass what the library is known to say of a family."""
     with warnings.catch_warnings():
-        for message in FAMILIES[family].warns:
+        for message in (*FAMILIES[family].warns, *((_BLIND,) if blind(family) else ())):
             warnings.filterwarnings("ignore", message)
+        if four() and family == "GptOss":
+            warnings.filterwarnings("ignore", "layer .* shows the experts chosen, not their gates: no FHS by outputs")
         yield
 
 
@@ -83,6 +86,15 @@ def close(found: dict[str, float], expected: dict[str, float], rel: float = 1e-4
 def routing(model: nn.Module, name: str, call: Call, family: str) -> Tensor:
     """Return p (T, E) of the router as it is now, for what it was called with."""
     return p_of(logits_of(model, name, call, FAMILIES[family]), FAMILIES[family].scores)
+
+
+def four() -> bool:
+    return tiny.installed().startswith("4.")
+
+
+def blind(family: str) -> bool:
+    """Whether what the routers choose does not show: the choices of transformers 4 do not always follow from logits."""
+    return FAMILIES[family].blind_4 and four()
 
 
 def router_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -208,12 +220,14 @@ def check_layer(found: dict[str, float], model: nn.Module, name: str, call: Call
     else:
         assert counts is not None
         assert counts.sum() == len(call.x) * FAMILIES[family].top_k
-    if counts is not None:
+    if blind(family):
+        assert f"geometry/{short}/load/0" not in found
+    elif counts is not None:
         load = counts / counts.sum()
         close({key: found[f"geometry/{short}/load/{key}"] for key in range(len(p))}, dict(enumerate(load.tolist())))
 
     traces = traces_of(call, kept)
-    assert traces is not None or family in _NO_GATES or tiny.installed().startswith("4.")
+    assert traces is not None or family in _NO_GATES or four()
     if traces is not None:
         share = traces / traces.sum()
         close({e: found[f"geometry/{short}/trace/{e}"] for e in range(len(p))}, dict(enumerate(share.tolist())))
@@ -251,7 +265,7 @@ def test_gates_say_which_scores_they_are(stock, family):
         z = logits_of(model, name, call, FAMILIES[family])
         fitting = [s for s in ("softmax", "sigmoid") if gates_fit(call, z, s)]
         assert fitting == ([config.scores] if family != "Phimoe" else []) or call.gates is None
-        assert call.gates is not None or (family in _NO_GATES or tiny.installed().startswith("4."))
+        assert call.gates is not None or (family in _NO_GATES or four())
         if family == "Llama4Text":
             weights = next(t for t in call.outputs if float(t.double().reshape(z.shape).sub(z).abs().max()) > 0.1)
             torch.testing.assert_close(weights.amax(dim=-1).double(), z.amax(dim=-1).sigmoid(), rtol=1e-5, atol=1e-6)
@@ -295,7 +309,9 @@ def test_checkpointing_counts_once_and_injects_once(stock, family):
     flagged = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
     if not (flagged and model.supports_gradient_checkpointing):
         pytest.skip("the family has no gradient checkpointing")
-    on = mg.Regularizers(fsi=0.0, z=0.1, balance=0.1)
+    if four() and family == "GptOss":
+        pytest.skip("its routers return scattered scores: regularizers come by loss(), injecting them is an error")
+    on = mg.Regularizers(fsi=0.0, z=0.1, balance=0.0 if blind(family) else 0.1)
     found: list[dict[str, float]] = []
     joined: list[dict[str, Tensor]] = []
     for reentrant in (None, False, True):
@@ -329,6 +345,8 @@ def test_captured_router_logits_are_the_same(stock, family):
     model = stock(family).copy()
     if not hasattr(model.config, "output_router_logits"):
         pytest.skip("the family returns no router logits")
+    if four() and family == "JetMoe":
+        pytest.skip("its own auxiliary loss fails there")
 
     def captured() -> list[Tensor]:
         torch.manual_seed(2)
@@ -419,7 +437,7 @@ def test_half_precision_is_measured_as_if_in_full(stock, family, tmp_path):
         close({"fsi": found[f"geometry/{short[name]}/fsi"]}, {"fsi": fsi_of(ours)}, rel=1e-3)
 
 
-@pytest.mark.skipif(tiny.installed().startswith("4."), reason="transformers 5 has them")
+@pytest.mark.skipif(four(), reason="transformers 5 has them")
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

@@ -49,6 +49,7 @@ _LINEAR = {
     "linear_value_head_dim": 8,
 }
 _DELTA = {"linear_head_dim": 8, "linear_num_heads": 4}
+_SECTIONS = {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
 _SPARSE_SECOND = {"mlp_layer_types": ["dense", "sparse"]}
 _SEQUENCE = {
     "vocab_size": VOCABULARY,
@@ -74,6 +75,8 @@ class Tiny:
         top_k: experts of a token.
         scale: the attribute of its routers by which ``x Wᵀ + b`` is multiplied.
         warns: what the library says of it, as regular expressions.
+        blind_4: whether its choices do not show in transformers 4.
+        changes_4: what its configuration has instead in transformers 4.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +88,8 @@ class Tiny:
     top_k: int = 2
     scale: str = ""
     warns: tuple[str, ...] = ()
+    blind_4: bool = False
+    changes_4: dict[str, Any] = field(default_factory=dict)
 
 
 def _sigmoid(config: dict[str, Any] | None = None, **options: Any) -> Tiny:
@@ -113,6 +118,7 @@ FAMILIES: dict[str, Tiny] = {
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
+        changes_4={"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": 2}},
         alone=True,
         in_4=True,
     ),
@@ -128,7 +134,9 @@ FAMILIES: dict[str, Tiny] = {
     "Dots1": _sigmoid(_GROUPS, in_4=True),
     "Dots3NoteText": _sigmoid(_LATENT_GROUPS, model="Dots3NoteForCausalLM"),
     "Ernie4_5_Moe": Tiny(
-        {"moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0}, in_4=True
+        {"moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+        in_4=True,
+        blind_4=True,
     ),
     "Ernie4_5_VLMoeText": Tiny(
         {
@@ -160,6 +168,8 @@ FAMILIES: dict[str, Tiny] = {
         _GROUPS
         | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}},
         model="Glm4vMoeTextModel",
+        in_4=True,
+        changes_4={"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]}},
         **_TEXT,
     ),
     "Glm5NextText": _sigmoid(
@@ -193,7 +203,7 @@ FAMILIES: dict[str, Tiny] = {
     "GraniteMoeShared": Tiny({"shared_intermediate_size": 16}, in_4=True),
     "HYV3": _sigmoid({"first_k_dense_replace": 1}),
     "HYV4": _sigmoid(_LATENT_GROUPS),
-    "HunYuanMoEV1": Tiny({"moe_topk": 2}, in_4=True),
+    "HunYuanMoEV1": Tiny({"moe_topk": 2}, in_4=True, blind_4=True),
     "Inkling2Text": _sigmoid({"scoring_func": "sigmoid"}, model="Inkling2ForCausalLM"),
     "Jamba": Tiny(
         {
@@ -287,12 +297,12 @@ FAMILIES: dict[str, Tiny] = {
     "OpenAIPrivacyFilter": Tiny(
         {"rope_parameters": {"rope_type": "default"}}, model="OpenAIPrivacyFilterForTokenClassification", **_TEXT
     ),
-    "Phimoe": Tiny({"router_jitter_noise": 0.4, "input_jitter_noise": 0.0}, in_4=True),
+    "Phimoe": Tiny({"router_jitter_noise": 0.4, "input_jitter_noise": 0.0}, in_4=True, blind_4=True),
     "Qwen2Moe": Tiny({"decoder_sparse_step": 1}, in_4=True),
     "Qwen3Moe": Tiny(in_4=True),
     "Qwen3Next": Tiny(_LINEAR, in_4=True),
-    "Qwen3OmniMoeText": Tiny(model="Qwen3OmniMoeThinkerTextModel", **_TEXT),
-    "Qwen3VLMoeText": Tiny(model="Qwen3VLMoeTextModel", in_4=True, **_TEXT),
+    "Qwen3OmniMoeText": Tiny(model="Qwen3OmniMoeThinkerTextModel", in_4=True, changes_4=_SECTIONS, **_TEXT),
+    "Qwen3VLMoeText": Tiny(model="Qwen3VLMoeTextModel", in_4=True, changes_4=_SECTIONS, **_TEXT),
     "Qwen3_5MoeText": Tiny(_LINEAR, model="Qwen3_5MoeForCausalLM"),
     "Qwen4ExpText": Tiny(
         _LINEAR

@@ -21,7 +21,8 @@ SELECTION = ("e_score_correction_bias", "expert_bias")
 def build(family: str, **changes: Any) -> Any:
     """Return a seeded fp32 model of a family in training mode, its routers decided, its selection biases not 0."""
     tiny = FAMILIES.get(family) or REFUSED[family]
-    config = find_class(f"{family}Config")(**({} if tiny.alone else SIZES) | tiny.config | changes)
+    older = tiny.changes_4 if installed().startswith("4.") else {}
+    config = find_class(f"{family}Config")(**({} if tiny.alone else SIZES) | tiny.config | older | changes)
     torch.manual_seed(0)
     model = find_class(tiny.model or f"{family}ForCausalLM")(config).float().train()
     with torch.no_grad():
