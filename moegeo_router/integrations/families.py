@@ -81,8 +81,8 @@ FAMILIES = (
     RouterFamily(router="DogeCDMoE", refused="it looks experts up by product keys and mixes the logits of tokens"),
 )
 
-# transformers 4: gates that are plain layers, in blocks that take the k largest. Not those of Ernie 4.5, which choose with
-# a bias, and of Phi-MoE, which draw: what they choose does not follow from the logits.
+# transformers 4: gates that are plain layers, in blocks that take the k largest. Not those of Ernie 4.5, which choose
+# with a bias, and of Phi-MoE, which draw: what they choose does not follow from the logits.
 _RENORMALIZED = ("MiniMaxSparseMoeBlock", "MixtralSparseMoeBlock", "Qwen3VLMoeTextSparseMoeBlock")
 _CONFIGURED_SUM = (
     "FlexOlmoSparseMoeBlock",

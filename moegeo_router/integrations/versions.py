@@ -24,7 +24,7 @@ def warn_of_untested(model: nn.Module, stacklevel: int) -> None:
     if not version.startswith(tuple(f"{tested}." for tested in TESTED)):
         ranges = " and ".join(f"{tested}.x" for tested in TESTED)
         warnings.warn(
-            f"transformers {version} is not a version whose routers were tested ({ranges}): compare metrics() with what "
-            "you know of the routing",
+            f"transformers {version} is not a version whose routers were tested ({ranges}): compare metrics() with "
+            "what you know of the routing",
             stacklevel=stacklevel + 1,
         )

@@ -41,8 +41,11 @@ def available() -> list[str]:
 
 
 def installed() -> str:
-    """Return the version of transformers."""
-    return importlib.metadata.version("transformers")
+    """Return the version of transformers, 0 where there is none."""
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
 
 
 def _in_router(name: str) -> bool:
