@@ -32,9 +32,9 @@ def adamw(
         weight_decay: decoupled, on matrices only (no norms, biases, temperatures).
         routers: how ``attach`` is going to step the routers, whose group is then not decayed; None: like every matrix,
             what people do without geometry.
-        router_lr: peak learning rate of the routers (of all their matrices, where a router has several); None: ``lr``.
-            On polar and unit rows a Riemannian step turns a row
-            by ``√D`` times this (radians) while its gradients agree. Natural steps only follow the schedule.
+        router_lr: peak learning rate of the routers, of all their matrices where a router has several; None: ``lr``.
+            On polar and unit rows a Riemannian step turns a row by ``√D`` times this (radians) while its gradients
+            agree. Natural steps only follow the schedule.
 
     Raises:
         ValueError: a negative learning rate or decay; routers to be stepped along manifolds they are not on;

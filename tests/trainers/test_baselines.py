@@ -19,11 +19,7 @@ torch.set_num_threads(1)
 
 PLAIN = ("optimizer=adamw", "geometry.regularizers.fsi=0.0")
 ARMS = {
-    "balance": (
-        "router=linear",
-        "geometry.regularizers.balance=0.01",
-        "geometry.regularizers.balance_scope=micro_batch",
-    ),
+    "balance": ("router=linear", "geometry.regularizers.balance=0.01"),
     "z": ("router=linear", "geometry.regularizers.balance=0.01", "geometry.regularizers.z=0.001"),
     "loss-free": ("router=linear", "prior=sign"),
     "cosine": ("router=cosine", "geometry.regularizers.balance=0.01"),
@@ -128,8 +124,10 @@ def test_the_hash_is_balanced_over_the_text_it_will_see():
     [((0.02, 0.0), "micro_batch"), ((0.0, 0.003), "global"), ((0.02, 0.003), "micro_batch")],
 )
 def test_the_gradient_is_that_of_the_published_losses(weights, scope):
-    """Switch (2101.03961, Eq. 4) for top-k, ``α E Σ_e f_e P_e``, and ST-MoE (2202.08906, Eq. 5), ``mean (log Σ exp z)²``;
-    a loss a layer, and their sum."""
+    """Switch (2101.03961, Eq. 4) for top-k, ``α E Σ_e f_e P_e``; ST-MoE (2202.08906, Eq. 5), ``mean (log Σ exp z)²``.
+
+    A loss a layer, and their sum.
+    """
     balance, z = weights
     config = configuration(
         *TINY["language"],
