@@ -58,7 +58,8 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("controller", "data", "experiment", "fault", "geometry", "logger", "model", "optimizer", "prior", "router")
+        *("controller", "data", "experiment", "fault", "geometry", "logger", "model"),
+        *("optimizer", "prior", "probes", "router"),
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
@@ -147,7 +148,7 @@ def test_mistakes_in_it_are_told(override, message):
 def test_free_keys_are_keys():
     keys = set(
         _flat(build.plain(configuration("data=enwiki")))
-        + _flat(build.plain(configuration("data=folder", "data.path=x")))
+        + _flat(build.plain(configuration("data=folder", "data.path=x", "probes=[noise10]")))
     )
     assert all(any(f"{key}.".startswith(f"{free}.") for key in keys) for free in FREE_KEYS)
 
