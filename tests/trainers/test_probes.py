@@ -95,10 +95,8 @@ def test_a_run_of_a_study_has_them_in_its_results(root, tmp_path):
 
 
 def test_a_row_without_a_probe_that_is_asked_for_is_another_one():
-    old, new = (
-        configurations([Run("a", [*TINY["vision"], f"probes={names}"], {})])[0]
-        for names in ("[blur]", "[blur,noise10]")
-    )
+    runs = [Run(names, [*TINY["vision"], f"probes={names}"], {}) for names in ("[blur]", "[blur,noise10]")]
+    old, new = configurations(runs)
     row = {"configuration": old, "overrides": ["probes=[blur]"]}
     assert any("noise10" in line for line in changed_settings(new, ["probes=[blur,noise10]"], row))
     assert changed_settings(old, ["probes=[blur]"], row) == []

@@ -1,5 +1,6 @@
 """Studies: the numbers of a run, the rows file, worker processes that die, and the statistics."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -164,7 +165,7 @@ def test_training_numbers_come_from_the_last_steps_and_all_layers():
     assert "train/mean/geometry/limited" not in found
     assert training_results([]) == {"train/steps": 0}
     assert not {"train/step_ms", "train/tokens_seen"} & found.keys()
-    timed = [row | {"train/tokens": 50.0, "train/tokens_per_second": speed} for row, speed in zip(rows, (1, 5, 25))]
+    timed = [rows[0] | {"train/tokens": 50.0, "train/tokens_per_second": speed} for speed in (1, 5, 25)]
     found = training_results(timed)
     assert (found["train/step_ms"], found["train/tokens_seen"]) == (10_000, 150)
 
@@ -189,12 +190,13 @@ def test_a_curve_has_the_means_since_the_point_before():
 def test_a_curve_has_a_hundred_points_that_hold_every_step_once(steps):
     source = torch.Generator().manual_seed(0)
     loss, tokens = torch.rand(steps, generator=source), torch.randint(100, (steps,), generator=source)
-    found = training_curve([{"train/loss": float(a), "train/tokens": float(b)} for a, b in zip(loss, tokens)])
+    rows = zip(loss.tolist(), tokens.tolist(), strict=True)
+    found = training_curve([{"train/loss": a, "train/tokens": b} for a, b in rows])
     assert {len(column) for column in found.values()} == {CURVE_POINTS}
     assert found["tokens"][-1] == int(tokens.sum())
-    sizes = [b - a for a, b in zip([0, *found["steps"]], found["steps"])]
+    sizes = [b - a for a, b in itertools.pairwise([0, *found["steps"]])]
     assert max(sizes) - min(sizes) <= 1
-    weighed = sum(size * mean for size, mean in zip(sizes, found["loss"])) / steps
+    weighed = sum(size * mean for size, mean in zip(sizes, found["loss"], strict=True)) / steps
     assert weighed == pytest.approx(float(loss.mean()), abs=1e-5)
     middle = found["steps"][42]
     assert found["tokens"][42] == int(tokens[:middle].sum())
