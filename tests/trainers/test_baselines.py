@@ -1,6 +1,7 @@
 """What geometric routing is compared with: every baseline is a few overrides, trains with all numbers finite, and its
 losses have the published gradients."""
 
+import functools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from tests.support.runs import TINY, configuration, tiny
 from trainers import build, checkpoint
 from trainers.data.planted import PlantedText
 from trainers.evaluation import target_losses
+from trainers.models import VisionModel
 from trainers.priors import update_priors
 from trainers.studies.runs import DataCache, Run, configurations, train_run
 from trainers.train import train
@@ -181,3 +183,31 @@ def test_the_sign_rule_is_the_published_one():
     for record in changed.values():
         chosen = record.probs.gather(1, record.ids)
         torch.testing.assert_close(record.weights, chosen / chosen.sum(1, keepdim=True))
+
+
+# --- watched ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [16, 9])  # 9 is also the number of patches: a hash's table is then as wide as a token
+@pytest.mark.parametrize("router", ["cosine", "hash", "frozen"])
+def test_what_attach_sees_is_what_the_router_does(router, dim):
+    config = configuration(*TINY["vision"], f"router={router}", "controller=off", *PLAIN)
+    factory = build.build(config, "router")
+    if router == "hash":
+        factory = functools.partial(factory, id_counts=torch.ones(9))
+    torch.manual_seed(0)
+    model = VisionModel(3, (1, 3, 3), factory, dim=dim, layers=2, heads=1, patch=1, num_experts=4)
+    optimizer = build.build_optimizer(config, model)
+    geometry = mg.attach(model, optimizer, build.build(config, "geometry"))
+    output = model(torch.randn(20, *model.image_shape))
+    (output.logits.square().mean() + geometry.loss()).backward()
+    optimizer.step()
+    metrics = geometry.metrics()
+    p = torch.stack([record.probs for record in output.routing.values()])
+    wanted = [float(mg.fsi(layer.mean(0, keepdim=True), normalized=True)) for layer in p.detach()]
+    assert metrics["geometry/fsi"] == pytest.approx(sum(wanted) / 2, abs=1e-4)
+    loads = [torch.bincount(record.ids.flatten(), minlength=4) for record in output.routing.values()]
+    assert metrics["geometry/max_violation"] == pytest.approx(
+        max(float(4 * load.max() / load.sum()) for load in loads) - 1, abs=1e-4
+    )
+    assert all(math.isfinite(value) for value in metrics.values())

@@ -11,6 +11,7 @@ from tests.support.runs import CONFIGS, TINY, configuration, tiny, tiny_override
 from tests.trainers.data.conftest import write_wikipedia
 from trainers import build
 from trainers.data.planted import PlantedImages, PlantedText
+from trainers.data.wikipedia import to_evaluate_on
 from trainers.evaluation import evaluate
 from trainers.probes import build_probes, evaluate_probes, probe_lines, probe_scalars
 from trainers.studies.rows import changed_settings
@@ -59,11 +60,21 @@ def test_text_is_read_in_the_tokens_and_windows_of_the_run(root):
         for probe in probes.values():
             assert (probe.vocab_size, probe.length, probe.batch_size) == (data.vocab_size, 16, 4)
             assert probe.tokenizer_json == data.tokenizer_json
+            assert probe.token_counts().tolist() == [1] * data.vocab_size
+            with pytest.raises(ValueError, match="no train split"):
+                probe.train_batch(0)
         assert sum(int(b.mask.sum()) for b in probes["enwiki_valid"].valid_batches()) == 64
         # The whole of the validation split is that of the data set itself.
         config.probes.enwiki_valid.valid_tokens = None
         whole = build_probes(config, data)["enwiki_valid"]
         assert torch.equal(whole._valid.tokens, data._valid.tokens)
+
+
+def test_an_unknown_text_is_named(root):
+    with pytest.raises(ValueError, match="name: expected 'wikitext2' or 'enwiki', got 'pile'"):
+        to_evaluate_on("pile", root=str(root), split="valid")
+    with pytest.raises(ValueError, match="split: expected 'valid' or 'test', got 'train'"):
+        to_evaluate_on("enwiki", root=str(root), split="train")
 
 
 def test_the_bits_are_those_of_a_plain_evaluation(root):
