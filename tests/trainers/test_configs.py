@@ -101,7 +101,8 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
     assert set(geometry.regularizers) - {"_target_"} == set(mg.Regularizers.__dataclass_fields__)
     assert set(geometry.natural) - {"_target_"} == set(mg.NaturalConfig.__dataclass_fields__)
     built = build.build(configuration(), "geometry")
-    assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig(controller="act")
+    expected = mg.GeometryConfig(controller="act", scores="softmax")
+    assert replace(built, regularizers=None, pictures_every=0) == expected
     assert built.control == mg.ControlConfig()
     assert set(geometry.control) - {"_target_", "_convert_"} == set(mg.ControlConfig.__dataclass_fields__)
     assert built.regularizers == mg.Regularizers()
