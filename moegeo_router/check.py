@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from .observe.forward import LayerForward
 from .observe.hooks import nothing
 from .observe.statistics import LayerStatistics
 from .routers.convert import geometrize
-from .routers.experts import Experts, find_experts
+from .routers.experts import Experts, block_of, find_experts
 from .routers.find import RouterSite, sites_of
 
 #: Cosine of two rows of a router from which on they are called twins: what they choose is hardly told apart.
@@ -85,7 +85,7 @@ def report(source: str, select: str | None = None, tokens: int = 8192) -> Iterat
     yield ""
     yield "found"
     yield from _routers(model, sites, experts)
-    yield from _weights(Path(source), sites)
+    yield from _weights(Path(source), model, sites)
     yield ""
     yield "would be done"
     yield from _plan(model, sites, experts)
@@ -112,23 +112,39 @@ def skeleton(source: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
-        config = transformers.AutoConfig.from_pretrained(source)
-        names = [name for name in config.architectures or () if hasattr(transformers, name)]
-        # A quantised checkpoint is looked at as if it were not: its quantisation does not change where things are.
-        quantised = getattr(config, "quantization_config", None)
-        config.quantization_config = None
-        with torch.device("meta"):
-            if names:
-                model = getattr(transformers, names[0])._from_config(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config)
-        config.quantization_config = quantised
-        return model
+        try:
+            return _built(transformers, source)
+        except (ImportError, OSError, ValueError):
+            raise
+        except Exception as error:  # a configuration that is wrong fails anywhere in transformers
+            name = type(error).__name__
+            raise ValueError(
+                f"transformers builds no model from the configuration of {source}: {name}: {error}"
+            ) from error
+
+
+def _built(transformers: Any, source: str) -> Any:
+    # A model's own code is never run, nor is anyone asked whether it may be.
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    classes = [found for found in named if hasattr(found, "_from_config")]
+    # A quantised checkpoint is looked at as if it were not: its quantisation does not change where things are.
+    quantised = getattr(config, "quantization_config", None)
+    config.quantization_config = None
+    with torch.device("meta"):
+        if classes:
+            model = classes[0]._from_config(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config.quantization_config = quantised
+    return model
 
 
 def _model(model: Any, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> Iterator[str]:
     total, active = _parameters(model, sites, experts)
-    yield f"{type(model).__name__}: {_count(total)} parameters, {_count(active)} active for a token, {_dtype(model)}"
+    known = None not in experts.values() and None not in [_chosen(model, site) for site in sites]
+    active_count = ("" if known else "at most ") + _count(active)
+    yield f"{type(model).__name__}: {_count(total)} parameters, {active_count} active for a token, {_dtype(model)}"
     if quantised := getattr(model.config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised.quant_method
         yield f"  quantised ({method}): its experts are left alone; routers can be trained where they are not quantised"
@@ -151,41 +167,73 @@ def _routers(model: nn.Module, sites: Sequence[RouterSite], experts: dict[str, E
     )
 
 
-def _weights(folder: Path, sites: Sequence[RouterSite]) -> Iterator[str]:
-    """Look at the routers' weights in a folder; transformers may call them otherwise than the model does."""
-    found = {site.name: weight for site in sites if (weight := _weight(folder, site)) is not None}
-    if not found:
-        yield "  weights: not looked at" + ("" if folder.is_dir() else " (no folder)")
+def _weights(folder: Path, model: Any, sites: Sequence[RouterSite]) -> Iterator[str]:
+    """Look at the routers' weights in a folder."""
+    try:
+        found = _weights_in(folder, model, sites)
+    except Exception as error:  # of files that are damaged, in any way
+        yield f"  weights: cannot be read, {type(error).__name__}: {' '.join(str(error).split())}"
         return
-    norms = torch.cat([weight.float().norm(dim=1) for weight in found.values()])
+    if not found:
+        yield "  weights: not looked at (no safetensors with them in a folder)"
+        return
+    norms = torch.cat([weight.float().norm(dim=-1).reshape(-1) for weight in found.values()])
     yield f"  weights in the folder ({len(found)}): norms of rows {float(norms.min()):.3g} to {float(norms.max()):.3g}"
-    for name, weight in found.items():
-        rows = weight.float()
-        unit = torch.nn.functional.normalize(rows, dim=1)
-        twins = int(((unit @ unit.T).triu(1) > TWINS).sum())
-        said = {
-            "rows that are not finite": int((~rows.isfinite()).any(dim=1).sum()),
-            "rows that are zero": int((rows == 0).all(dim=1).sum()),
-            "pairs of rows that point the same way": twins,
-        }
-        for what, count in said.items():
-            if count:
-                yield f"    {name}: {count} {what}"
+    for site in sites:
+        weight = found.get(site.name)
+        if weight is None:
+            yield f"    {site.name}: not in the folder"
+        elif weight.shape != site.weight.shape:
+            expected = tuple(site.weight.shape)
+            yield f"    {site.name}: is {tuple(weight.shape)}, where the configuration says {expected}"
+        else:
+            for what, count in _ill(weight.float()).items():
+                if count:
+                    yield f"    {site.name}: {count} {what}"
 
 
-def _weight(folder: Path, site: RouterSite) -> Tensor | None:
-    name = next(n for n, p in site.module.named_parameters() if p is site.weight)
-    key = f"{site.name}.{name}"
-    index = folder / "model.safetensors.index.json"
-    file = folder / "model.safetensors"
-    if index.is_file():
-        file = folder / json.loads(index.read_text())["weight_map"].get(key, "")
-    if not file.is_file():
-        return None
+def _ill(rows: Tensor) -> dict[str, int]:
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return {
+        "rows that are not finite": int((~rows.isfinite()).any(dim=1).sum()),
+        "rows that are zero": int((rows == 0).all(dim=1).sum()),
+        "pairs of rows that point the same way": int(((unit @ unit.T).triu(1) > TWINS).sum()),
+    }
+
+
+def _weights_in(folder: Path, model: Any, sites: Sequence[RouterSite]) -> dict[str, Tensor]:
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file() and not file.is_file():
+        return {}
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(key) if key in tensors.keys() else None  # noqa: SIM118
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    else:
+        with safe_open(file, framework="pt") as tensors:
+            files = dict.fromkeys(tensors.keys(), file.name)
+    in_model = _key_in_model(model)
+    keys = {in_model(key): key for key in files} | {key: key for key in files}
+    found = {}
+    for site in sites:
+        name = next(n for n, p in site.module.named_parameters() if p is site.weight)
+        key = keys.get(f"{site.name}.{name}")
+        if key is not None and (folder / files[key]).is_file():
+            with safe_open(folder / files[key], framework="pt") as tensors:
+                found[site.name] = tensors.get_tensor(key)
+    return found
+
+
+def _key_in_model(model: Any) -> Callable[[str], str]:
+    """Return what makes a name in a checkpoint the model's own: transformers 5 renames some (Mixtral's)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return str
+    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    prefix, own = model.base_model_prefix, dict(model.named_parameters())
+    return lambda key: rename_source_key(key, renamings, [], prefix, own)[0]
 
 
 def _plan(model: Any, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> Iterator[str]:
@@ -319,8 +367,10 @@ def _parameters(model: Any, sites: Sequence[RouterSite], experts: dict[str, Expe
 
 
 def _chosen(model: Any, site: RouterSite) -> int | None:
-    """Return K, as the router, its family, or the configuration says it."""
+    """Return K, as the router, its family, its block, or the configuration says it."""
+    block = block_of(model, site)
     says = [getattr(site.module, "top_k", None), site.routing.top_k]
+    says += [] if block is None else [getattr(block[1], "top_k", None)]
     says += [getattr(model.config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk")]
     return next((k for k in says if isinstance(k, int)), None)
 

@@ -14,25 +14,25 @@ from torch import nn
 
 import moegeo_router as mg
 from moegeo_router import check
-from tests.control.test_selection_bias import LATENT, SIZES
+from tests.support.tiny_families import FAMILIES, SIZES
+from tests.support.tiny_transformers import build
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = {
-    "Qwen3Moe": {"num_experts": 8, "head_dim": 8},
-    "DeepseekV3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1, **LATENT},
-    "Llama4": {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1},
-}
+# Every name that the families here have for it.
+EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
 
 
 def saved(folder: Path, family: str = "Qwen3Moe", change=lambda model: None, **options: object) -> nn.Module:
-    torch.manual_seed(0)
-    name = "Llama4TextConfig" if family == "Llama4" else f"{family}Config"
-    config = getattr(transformers, name)(**SIZES | FAMILIES[family] | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = build(family, **EIGHT | options)
     change(model)
     model.save_pretrained(folder)
     return model
+
+
+def changed(folder: Path, **options: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
 
 
 def said(folder: Path, *options: str, capsys) -> str:
@@ -56,17 +56,18 @@ def refused(*arguments: str, capsys) -> str:
     [
         ("Qwen3Moe", "softmax", "output", "none"),
         ("DeepseekV3", "sigmoid", "output", "model.layers.1.mlp.gate.e_score_correction_bias"),
-        ("Llama4", "sigmoid", "input", "none"),
+        ("Llama4Text", "sigmoid", "input", "none"),
     ],
 )
 def test_it_says_what_is_there(family, scores, gates, bias, tmp_path, capsys):
     model = saved(tmp_path, family)
     sites = mg.find_routers(model)
+    chosen = FAMILIES[family].top_k
     text = said(tmp_path, capsys=capsys)
     assert f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters" in text
     assert f"{len(sites)} router" in text
     assert f"{type(sites[0].module).__name__}, {sites[0].num_experts} experts, 32 inputs" in text
-    assert f"scores: {scores}; chosen experts: 2 a token; gates multiply the experts' {gates}" in text
+    assert f"scores: {scores}; chosen experts: {chosen} a token; gates multiply the experts' {gates}" in text
     assert f"bias for choosing only: {bias}" in text
     assert ("bias_speed=0.001" in text) == (bias != "none")
     for site in sites:
@@ -121,11 +122,68 @@ def test_a_configuration_alone_is_enough_and_sharded_weights_are_found(tmp_path,
     assert "weights: not looked at" in said(tmp_path / "bare", capsys=capsys)
 
 
+def test_weights_are_found_under_the_names_that_checkpoints_have(tmp_path, capsys):
+    model = saved(tmp_path, "Mixtral")
+    norms = torch.cat([site.weight.norm(dim=1) for site in mg.find_routers(model)])
+    text = said(tmp_path, capsys=capsys)
+    assert f"weights in the folder (2): norms of rows {norms.min():.3g} to {norms.max():.3g}" in text
+
+
+def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path, capsys):
+    saved(tmp_path)
+    changed(tmp_path, num_experts=4, num_local_experts=4)
+    assert "model.layers.0.mlp.gate: is (8, 32), where the configuration says (4, 32)" in said(tmp_path, capsys=capsys)
+    changed(tmp_path, **EIGHT, num_hidden_layers=3)
+    text = said(tmp_path, capsys=capsys)
+    assert "weights in the folder (2)" in text
+    assert "model.layers.2.mlp.gate: not in the folder" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"garbage" * 100),
+        ("model.safetensors.index.json", b"{"),
+        ("model.safetensors.index.json", b"{}"),
+    ],
+)
+def test_damaged_weights_are_told_and_the_rest_is_said(file, content, tmp_path, capsys):
+    saved(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    text = said(tmp_path, capsys=capsys)
+    assert "  weights: cannot be read, " in text
+    assert "would cost" in text
+
+
+def test_a_number_that_is_not_known_is_no_less_than_what_is_said(tmp_path, capsys):
+    saved(tmp_path, "JetMoe")  # its experts are no stack and no list
+    assert re.search(r": ([\d,]+) parameters, at most \1 active for a token", said(tmp_path, capsys=capsys))
+
+
+def test_a_configuration_that_nothing_is_built_from_is_one_line(tmp_path, capsys):
+    saved(tmp_path)
+    changed(tmp_path, architectures=["MixtralForCausalLM"])
+    assert f"builds no model from the configuration of {tmp_path}: AttributeError" in refused(
+        str(tmp_path), capsys=capsys
+    )
+    changed(tmp_path, architectures=["Trainer"], hidden_size="many")
+    assert "hidden_size" in refused(str(tmp_path), capsys=capsys)
+    changed(tmp_path, hidden_size=32)
+    assert "Qwen3MoeForCausalLM: " in said(tmp_path, capsys=capsys)
+
+
+def test_a_models_own_code_is_not_run_and_nobody_is_asked(tmp_path, capsys, monkeypatch):
+    saved(tmp_path)
+    changed(tmp_path, model_type="own_moe", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert "contains custom code" in refused(str(tmp_path), capsys=capsys)
+
+
 def test_a_quantised_model_is_looked_at_as_it_is(tmp_path, capsys):
     saved(tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
-    file.write_text(json.dumps(config))
+    changed(tmp_path, quantization_config={"quant_method": "fp8"})
     assert "quantised (fp8): its experts are left alone" in said(tmp_path, capsys=capsys)
 
 

@@ -114,8 +114,13 @@ def _experts_in(name: str, module: nn.Module, site: RouterSite) -> Experts | Non
 
 def _experts(name: str, child: nn.Module, num_experts: int) -> Experts | None:
     for inner_name, inner in ((name, child), *((f"{name}.{n}", m) for n, m in child.named_children())):
-        if isinstance(inner, nn.ModuleList | nn.ModuleDict) and len(inner) == num_experts:
-            return Experts(name=inner_name, container=inner, modules=tuple(inner.children()))
+        if not isinstance(inner, nn.ModuleList | nn.ModuleDict):
+            continue
+        every = tuple(inner.children())
+        weighted = tuple(module for module in every if any(True for _ in module.parameters()))
+        for modules in (every, weighted):  # NLLB's dict has a dropout beside its experts
+            if len(modules) == num_experts:
+                return Experts(name=inner_name, container=inner, modules=modules)
     if any(p.ndim >= 2 and p.shape[0] == num_experts for p in child.parameters(recurse=False)):
         return Experts(name=name, container=child)
     return None

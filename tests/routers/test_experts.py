@@ -58,11 +58,12 @@ def named() -> nn.ModuleDict:
     [
         (Block(experts=listed()), "mlp.experts", False),
         (Block(local_experts=named()), "mlp.local_experts", False),
+        (Block(experts=nn.ModuleDict({**named(), "token_dropout": nn.Dropout()})), "mlp.experts", False),  # NLLB
         (Block(experts=Stacked()), "mlp.experts", True),
         (Block(experts=Listed()), "mlp.experts.experts", False),
         (Own(), "mlp", True),
     ],
-    ids=["list", "dict", "stacked", "list inside", "own parameters"],
+    ids=["list", "dict", "dict with more", "stacked", "list inside", "own parameters"],
 )
 def test_found(block, name, stacked):
     model = nn.ModuleDict({"mlp": block})
