@@ -17,7 +17,7 @@ TUNING_SEED = 1000
 #: Tuning runs of an arm in a task.
 CANDIDATES = 6
 
-Setting = Mapping[str, float]
+Setting = dict[str, float]
 """Tuned keys of the configuration and their values."""
 
 
@@ -155,30 +155,37 @@ CPU_TASKS: Mapping[str, Task] = {
 }
 
 
-def _smoke(task: Task, *size: str) -> Task:
-    toy = ("model.dim=16", "model.heads=2", "model.num_experts=4", "model.expert_hidden=16", "dense_hidden=32")
-    return replace(task, files=(), size=(*toy, *size), steps=16, seconds=0.3)
+def _size(experts: int, top_k: int, hidden: int) -> tuple[str, ...]:
+    """Return the overrides of a mixture's size; arms take theirs from it."""
+    sizes = {"num_experts": experts, "top_k": top_k, "expert_hidden": hidden, "dense_hidden": top_k * hidden}
+    return tuple(f"size.{name}={value}" for name, value in sizes.items())
+
+
+def _smoke(task: Task, title: str, *size: str) -> Task:
+    toy = ("model.dim=16", "model.heads=2", *_size(4, 2, 16), *size)
+    return replace(task, title=title, files=(), size=toy, steps=8, seconds=0.5)
 
 
 #: Small data that every installation has.
 SMOKE_TASKS: Mapping[str, Task] = {
-    "language": _smoke(
-        _LANGUAGE, "data=stdlib", "probes=null", "data.max_bytes=200000", "data.length=64", "data.valid_tokens=2048"
+    "planted": _smoke(
+        _PLANTED,
+        "A few planted Markov sources, nats a token",
+        *("data.documents=400", "data.length=64", "data.valid_tokens=2048"),
     ),
     "vision": _smoke(
-        replace(_VISION, title="Planted images, accuracy"),
+        _VISION,
+        "Planted images, accuracy",
         *("data=planted_images", "probes=null", "data.images=400", "model.patch=2"),
     ),
-    "planted": _smoke(_PLANTED, "data.documents=400", "data.length=64", "data.valid_tokens=2048"),
 }
 
 
 def _gpu(experts: int, top_k: int, hidden: int) -> Task:
     size = (
         *("device=cuda", "loop.precision=bf16", "model.layers=8", "model.dim=512", "model.heads=8"),
-        *(f"model.num_experts={experts}", f"model.top_k={top_k}", f"model.expert_hidden={hidden}"),
-        *(f"dense_hidden={top_k * hidden}", "data.max_bytes=null", "data.batch_size=32", "data.length=512"),
-        "data.valid_tokens=262144",
+        *_size(experts, top_k, hidden),
+        *("data.max_bytes=null", "data.batch_size=32", "data.length=512", "data.valid_tokens=262144"),
     )
     return replace(
         _LANGUAGE,
@@ -190,21 +197,23 @@ def _gpu(experts: int, top_k: int, hidden: int) -> Task:
     )
 
 
+GPU_TOP_K = {"language_8": 2, "language_64": 8}
+
 #: 65 and 109 million parameters.
 GPU_TASKS: Mapping[str, Task] = {
-    "language_8": _gpu(8, 2, 576),
-    "language_64": _gpu(64, 8, 128),
+    "language_8": _gpu(8, GPU_TOP_K["language_8"], 576),
+    "language_64": _gpu(64, GPU_TOP_K["language_64"], 128),
 }
 
 
-def _toy(task: Task) -> Task:
-    """The GPU's task on a CPU: the same but for the sizes, the device and the text."""
+def _toy(name: str, task: Task) -> Task:
+    """Return the GPU's task on a CPU: the same but for the device, the text, and the sizes other than the experts'."""
     toy = (
         *("device=cpu", "data=stdlib", "data.max_bytes=200000", "probes=null", "data.batch_size=2", "data.length=64"),
-        *("model.layers=2", "model.dim=32", "model.heads=2", "model.expert_hidden=8", "data.valid_tokens=2048"),
-        f"dense_hidden={8 * (8 if '64' in task.title else 2)}",
+        *("model.layers=2", "model.dim=32", "model.heads=2", "data.valid_tokens=2048"),
+        *("size.expert_hidden=8", f"size.dense_hidden={8 * GPU_TOP_K[name]}"),
     )
-    return replace(task, files=(), size=(*task.size, *toy), steps=16, seconds=0.5)
+    return replace(task, title=f"Toy of {name}", files=(), size=(*task.size, *toy), steps=8, seconds=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +228,7 @@ class Tier:
         candidates: tuning runs of an arm.
         share: length of a tuning run in runs.
         processes: side by side.
+        leading_first: whether the other arms wait until those that decide the question are done in all tasks.
         minutes: after which no run begins unless another slice is asked for; None: no limit.
     """
 
@@ -229,6 +239,7 @@ class Tier:
     candidates: int = CANDIDATES
     share: float = 0.125
     processes: int = 2
+    leading_first: bool = True
     minutes: float | None = None
 
     @property
@@ -238,7 +249,16 @@ class Tier:
 
 
 TIERS: Mapping[str, Tier] = {
-    "smoke": Tier(name="smoke", tasks=SMOKE_TASKS, seeds=1, others=1, candidates=2, share=0.5),
+    "smoke": Tier(
+        name="smoke",
+        tasks=SMOKE_TASKS,
+        seeds=1,
+        others=1,
+        candidates=2,
+        share=0.5,
+        processes=1,
+        leading_first=False,  # to start few processes
+    ),
     "cpu": Tier(name="cpu", tasks=CPU_TASKS),
     # A run that has begun is finished: 20 minutes of beginning are less than 25 in all.
     "gpu": Tier(name="gpu", tasks=GPU_TASKS, processes=1, minutes=20.0),
@@ -248,11 +268,12 @@ TIERS: Mapping[str, Tier] = {
 TOY = replace(
     TIERS["gpu"],
     name="gpu-toy",
-    tasks={name: _toy(task) for name, task in GPU_TASKS.items()},
+    tasks={name: _toy(name, task) for name, task in GPU_TASKS.items()},
     seeds=1,
     others=1,
     candidates=2,
     share=0.5,
+    leading_first=False,
 )
 
 

@@ -79,4 +79,4 @@ def seeds_of(
     best = reference(found)
     first = [arm for arm in LEADING if arm in arms and (arm == best or ARMS[arm].ours)]
     rest = [arm for arm in ARMS if arm in arms and arm not in first]
-    return {arm: many for arm in first}, {arm: min(many, tier.others) for arm in rest}
+    return dict.fromkeys(first, many), {arm: min(many, tier.others) for arm in rest}
