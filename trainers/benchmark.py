@@ -66,7 +66,8 @@ def commands(benchmark: Benchmark) -> Iterator[str]:
         raise StudyError(f"nothing in {benchmark.out} is tuned yet")
     for run in found:
         name = run.key.replace("/", "-")
-        yield shlex.join(["python", "-m", "trainers.train", *run.overrides, f"name={name}", "logger=jsonl"])
+        common = ("device=cpu", "threads=1", "logger=jsonl", f"name={name}")
+        yield shlex.join(["python", "-m", "trainers.train", *common, *run.overrides])
 
 
 def _benchmark(options: argparse.Namespace, command: str) -> Benchmark:

@@ -53,7 +53,19 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("controller", "data", "experiment", "fault", "geometry", "logger", "model", "optimizer", "prior", "router")
+        *(
+            "arm",
+            "controller",
+            "data",
+            "experiment",
+            "fault",
+            "geometry",
+            "logger",
+            "model",
+            "optimizer",
+            "prior",
+            "router",
+        )
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
