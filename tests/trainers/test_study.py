@@ -8,6 +8,7 @@ import resource
 import subprocess
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_no_run_begins_when_the_time_is_up_and_the_same_command_continues(tmp_pa
     runs = [tiny_run(str(seed), f"seed={seed}") for seed in range(3)]
     said: list[str] = []
     clock = {"now": 0.0}
-    monkeypatch.setattr(runner.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
 
     def late(line: str) -> None:
         said.append(line)
@@ -342,7 +343,7 @@ def test_the_time_left_weighs_runs_and_counts_what_comes_later(tmp_path, monkeyp
                 yield index, {"status": "done", "results": {"valid/loss": 1.0}, "seconds": 1.0}
 
     clock = {"now": 0.0}
-    monkeypatch.setattr(runner.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
     monkeypatch.setattr(runner, "Workers", Answers)
     runs = [replace(tiny_run("short"), weight=1.0), replace(tiny_run("long", "seed=1"), weight=4.0)]
     said: list[str] = []
