@@ -92,8 +92,9 @@ def test_between_its_points_a_curve_is_straight():
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def curve(speed: float, steps: int = 8) -> list[list[float]]:
-    return [[1000.0 * step, 4.0 - speed * step / steps] for step in range(1, steps + 1)]
+def curve(speed: float, points: int = 8) -> dict[str, list[float]]:
+    steps = range(1, points + 1)
+    return {"tokens": [1000.0 * step for step in steps], "loss": [4.0 - speed * step / points for step in steps]}
 
 
 def rows_of(task: str = "planted", ours: float = -0.0001, seeds: int = 10):

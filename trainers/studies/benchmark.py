@@ -96,8 +96,14 @@ class Task:
         return next(iter(self.metrics))
 
 
-_SHIFTS = ("noise", "noise_strong", "blur", "contrast", "rotation")
-_ACCURACY = {"valid/accuracy": "accuracy", **{f"probe/{s}/accuracy": s.replace("_", " ") for s in _SHIFTS}}
+_SHIFTS = {
+    "noise10": "noise",
+    "noise20": "more noise",
+    "blur": "blur",
+    "contrast": "half the contrast",
+    "rotation": "turned",
+}
+_ACCURACY = {"valid/accuracy": "accuracy", **{f"probe/{name}/accuracy": title for name, title in _SHIFTS.items()}}
 
 _LANGUAGE = Task(
     title="English Wikipedia, bits per byte",
@@ -176,7 +182,7 @@ SMOKE_TASKS: Mapping[str, Task] = {
     "vision": _smoke(
         _VISION,
         "Planted images, accuracy",
-        *("data=planted_images", "probes=null", "data.images=400", "model.patch=2"),
+        *("data=planted_images", "probes=[]", "data.images=400", "model.patch=2"),
     ),
 }
 
@@ -209,7 +215,7 @@ GPU_TASKS: Mapping[str, Task] = {
 def _toy(name: str, task: Task) -> Task:
     """Return the GPU's task on a CPU: the same but for the device, the text, and the sizes other than the experts'."""
     toy = (
-        *("device=cpu", "data=stdlib", "data.max_bytes=200000", "probes=null", "data.batch_size=2", "data.length=64"),
+        *("device=cpu", "data=stdlib", "data.max_bytes=200000", "probes=[]", "data.batch_size=2", "data.length=64"),
         *("model.layers=2", "model.dim=32", "model.heads=2", "data.valid_tokens=2048"),
         *("size.expert_hidden=8", f"size.dense_hidden={8 * GPU_TOP_K[name]}"),
     )

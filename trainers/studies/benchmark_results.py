@@ -124,7 +124,8 @@ def _max_violation(rows: Sequence[Row]) -> dict[int, float]:
 
 
 def _curve(row: Row) -> list[tuple[float, float]]:
-    points = row.get("curve") or [] if row["status"] == "done" else []
+    columns = row.get("curve") or {} if row["status"] == "done" else {}
+    points = zip(columns.get("tokens", ()), columns.get("loss", ()), strict=True)
     return [(float(tokens), float(loss)) for tokens, loss in points if loss is not None]
 
 
