@@ -16,6 +16,7 @@ from tests.support.runs import CONFIGS, configuration
 from tests.support.studies import benchmark_rows
 from trainers import benchmark as command
 from trainers.models.language import LanguageModel
+from trainers.studies import benchmark_stages
 from trainers.studies.benchmark import (
     ARMS,
     CANDIDATES,
@@ -279,9 +280,20 @@ def test_a_task_without_its_files_is_left_out_in_one_line(capsys, tmp_path, monk
     assert (code, error) == (2, f"error: there are no rows in {tmp_path}; without --report they are made\n")
 
 
-def test_an_arm_that_does_not_compose_and_one_that_diverges_leave_the_others_alone(tmp_path, monkeypatch):
-    from trainers.studies import benchmark_stages
+def test_a_full_disk_is_said_for_each_task(tmp_path, monkeypatch):
+    def full(study, say):
+        raise StudyError(f"cannot write to {study.path}: No space left on device; the rows before are whole.")
 
+    monkeypatch.setattr(benchmark_stages, "run_study", full)
+    said: list[str] = []
+    benchmark = Benchmark(tier=SMOKE, out=tmp_path, command="", arms=["dense"], say=said.append)
+    benchmark.run()
+    assert benchmark.broken == ["planted", "vision"]
+    assert [line.split(": ")[1] for line in said] == ["planted is left out", "vision is left out"]
+    assert all("No space left on device" in line for line in said)
+
+
+def test_an_arm_that_does_not_compose_and_one_that_diverges_leave_the_others_alone(tmp_path, monkeypatch):
     whole = configurations
 
     def refused(runs):

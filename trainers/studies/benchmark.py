@@ -305,7 +305,7 @@ def tuning_runs(tier: Tier, task: str, arm: str) -> list[Run]:
     return [
         Run(
             f"{task}/tuning/{arm}/{'/'.join(f'{key}={value:g}' for key, value in setting.items())}",
-            [*_common(tier.tasks[task], arm, TUNING_SEED, steps), *_overrides(setting)],
+            [*_common(tier.tasks[task], arm, TUNING_SEED, steps), "probes=[]", *_overrides(setting)],
             {"task": task, "arm": arm, "phase": "tuning", "setting": dict(setting)},
             weight,
         )

@@ -120,7 +120,7 @@ class Benchmark:
             runs = self._tuning_runs(stage) if stage.tuning else self.main_runs(stage.task, stage.leading)
             if runs:
                 run_study(self._study(stage.task, runs, later), self.say)
-        except StudyError as error:
+        except (StudyError, OSError) as error:
             self.broken.append(stage.task)
             self.say(f"error: {stage.task} is left out: {error}")
 
