@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-rescue test test-transformers4 lint bench gpu wheel-test
+.PHONY: setup demo demo-rescue test test-transformers4 lint bench benchmark-smoke gpu wheel-test
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed  ## the environment of the tests, in .venv
@@ -39,6 +39,9 @@ lint: setup  ## style and types
 
 bench: setup  ## speed, as ratios measured side by side
 	$(BIN)/python -m trainers.speed
+
+benchmark-smoke: setup  ## the benchmark at toy size, a minute: that every arm is tuned, trained and reported
+	$(BIN)/python -m trainers.benchmark smoke
 
 gpu: setup  ## what waits for an accelerator: its tests and the same ratios there
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,20 @@ def decision(step: int, kind: str, name: str, **more: Any) -> dict[str, Any]:
     """An event of a row, as the controller's decisions are kept."""
     event = "action" if kind in ("apply", "undo", "release") else "outcome"
     return {"event": event, "step": step, "level": "info", "title": "t", "kind": kind, "name": name, **more}
+
+
+def benchmark_rows(
+    tier: Any, runs: Sequence[Run], losses: Sequence[float | None], **results: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Rows of the benchmark's runs with these validation losses; without a loss the run diverged.
+
+    ``results`` are further ones, their names with ``__`` for a slash.
+    """
+    found = []
+    for index, (run, loss) in enumerate(zip(runs, losses, strict=True)):
+        seed = next(int(override.removeprefix("seed=")) for override in run.overrides if override.startswith("seed="))
+        row = region_row("", 1.0, 0.0, seed, loss, study=tier.study, key=run.key, labels=dict(run.labels))
+        if loss is not None:
+            row["results"] |= {name.replace("__", "/"): values[index] for name, values in results.items()}
+        found.append(row)
+    return found

@@ -58,7 +58,7 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("controller", "data", "experiment", "fault", "geometry", "logger", "model"),
+        *("arm", "controller", "data", "experiment", "fault", "geometry", "logger", "model"),
         *("optimizer", "prior", "probes", "router"),
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}

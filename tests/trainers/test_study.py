@@ -8,6 +8,8 @@ import os
 import resource
 import subprocess
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -348,6 +350,53 @@ def test_a_study_goes_on_whatever_its_runs_do(tmp_path):
     with pytest.raises(StudyError, match="holds rows of the study test: take another --out"):
         run_study(Study(name="other", runs=runs[4:], path=tmp_path / "rows.jsonl", command=""), said.append)
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_no_run_begins_when_the_time_is_up_and_the_same_command_continues(tmp_path, monkeypatch):
+    runs = [tiny_run(str(seed), f"seed={seed}") for seed in range(3)]
+    said: list[str] = []
+    clock = {"now": 0.0}
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
+
+    def late(line: str) -> None:
+        said.append(line)
+        clock["now"] += 100.0 * line.startswith("[")
+
+    # The second has begun when the first is told, and is finished.
+    rows = run_study(study(tmp_path, runs, processes=1, until=50.0), late)
+    assert [row["key"] for row in rows] == ["0", "1"]
+    assert said[-1] == f"the time is up; 2 of 3 runs are in {tmp_path / 'rows.jsonl'}. The same command continues."
+    assert len(run_study(study(tmp_path, runs, processes=1, until=1.0), said.append)) == 2  # it is over already
+    assert len(run_study(study(tmp_path, runs, processes=1), said.append)) == 3
+    assert multiprocessing.active_children() == []
+
+
+def test_the_time_left_weighs_runs_and_counts_what_comes_later(tmp_path, monkeypatch):
+    class Answers:
+        """Workers that are done at once."""
+
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def outcomes(self):
+            for index in range(2):
+                clock["now"] += 10.0
+                yield index, {"status": "done", "results": {"valid/loss": 1.0}, "seconds": 1.0}
+
+    clock = {"now": 0.0}
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
+    monkeypatch.setattr(runner, "Workers", Answers)
+    runs = [replace(tiny_run("short"), weight=1.0), replace(tiny_run("long", "seed=1"), weight=4.0)]
+    said: list[str] = []
+    run_study(study(tmp_path, runs, later=5.0), said.append)
+    # 10 s for 1 of 10; 20 s for 5 of 10.
+    assert [line.split("; ")[-1] for line in said if line.startswith("[")] == ["1 min 30 s left", "0 min 20 s left"]
 
 
 def test_ctrl_c_says_how_to_continue_and_a_full_disk_ends_the_study(tmp_path, monkeypatch):

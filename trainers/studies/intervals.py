@@ -95,6 +95,83 @@ def paired_difference(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Equivalence:
+    """A paired difference beside a margin within which two things count as equal.
+
+    Attributes:
+        difference: ours - theirs, with its 95% interval.
+        margin: half the width of what counts as equal.
+        p: of two one-sided t-tests (TOST) against a difference as large as the margin; NaN for a single pair.
+        alpha: below which p shows equality: the interval of confidence 1 - 2 alpha lies within the margin.
+    """
+
+    difference: Interval
+    margin: float
+    p: float
+    alpha: float = 0.05
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin."""
+        return self.p < self.alpha
+
+    def verdict(self, rising: bool = False) -> str:
+        """Return "equivalent", "better", "worse" or "inconclusive", the first of these that is shown.
+
+        A difference that is shown and is smaller than the margin is "equivalent (better)" or "equivalent (worse)".
+
+        Args:
+            rising: whether more is better.
+        """
+        found = self.difference
+        shown = found.low > 0 or found.high < 0  # not so where there is no interval
+        direction = "better" if (found.mean > 0) == rising else "worse"
+        if self.equivalent:
+            return f"equivalent ({direction})" if shown else "equivalent"
+        return direction if shown else "inconclusive"
+
+
+def equivalence(
+    ours: Mapping[int, float], theirs: Mapping[int, float], margin: float, alpha: float = 0.05
+) -> Equivalence | None:
+    """Compare two things over the seeds both have.
+
+    Args:
+        ours: values by seed.
+        theirs: values by seed.
+        margin: what counts as equal, as a share of the mean of theirs (over those seeds).
+        alpha: of each of the two tests.
+
+    Returns:
+        The comparison; None if no seed is in both.
+
+    Raises:
+        ValueError: a margin that is not above 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"expected a margin above 0, got {margin}")
+    found = paired_difference(ours, theirs)
+    if found is None:
+        return None
+    width = margin * abs(fmean(theirs[seed] for seed in ours if seed in theirs))
+    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    return Equivalence(difference=found, margin=width, p=_tost(differences, width), alpha=alpha)
+
+
+def _tost(differences: Sequence[float], margin: float) -> float:
+    """Return the larger p of the tests that the mean is above -margin, and below it."""
+    from scipy.special import stdtr
+
+    n, mean = len(differences), fmean(differences)
+    if n < 2:
+        return math.nan
+    error, distance = stdev(differences) / math.sqrt(n), margin - abs(mean)
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(stdtr(n - 1, -distance / error))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ratio:
     """A ratio of two means and its confidence interval, which is not symmetric.
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import moegeo_router as mg
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +26,12 @@ def origin() -> dict[str, Any]:
     return {
         "commit": commit(ROOT),
         "versions": {"python": platform.python_version(), **versions, "moegeo_router": mg.__version__},
-        "hardware": {"cpu": cpu_model(), "cores": os.cpu_count()},
+        "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), **_accelerator()},
     }
+
+
+def _accelerator() -> dict[str, str]:
+    return {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def commit(root: Path) -> str:
@@ -53,7 +59,7 @@ def cpu_model() -> str:
 
 def origin_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return where rows come from: commands, dates, commits, hardware, seeds."""
-    machines = _unique(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores" for row in rows)
+    machines = _unique(_machine(row["hardware"]) for row in rows)
     dates = sorted({row["started"][:10] for row in rows})
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     return [
@@ -64,6 +70,11 @@ def origin_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"- seeds: {len({row['seed'] for row in rows})}; {len(rows)} runs, "
         f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
     ]
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    accelerator = f", {hardware['accelerator']}" if "accelerator" in hardware else ""
+    return f"{hardware['cpu']}, {hardware['cores']} cores{accelerator}"
 
 
 def _unique(values: Iterable[str]) -> list[str]:

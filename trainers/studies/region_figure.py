@@ -66,11 +66,16 @@ def write_figure(grid: Grid, path: Path) -> None:
     _label(axes[0, -1], losses[-1])
     _label(axes[1, -1], deaths[-1])
     figure.suptitle(f"mean over {grid.seeds} seed{'s' * (grid.seeds > 1)}, band: 95% interval", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write the picture with 128 colours: a third of the bytes, and the eye sees no difference."""
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture with 128 colours: a third of the bytes, and the eye sees no difference.
+
+    Args:
+        figure: the picture.
+        path: of the PNG.
+    """
     from PIL import Image
 
     buffer = io.BytesIO()

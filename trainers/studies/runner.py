@@ -30,6 +30,8 @@ class Study:
         processes: worker processes side by side, one thread each.
         fresh: begin anew even if there are rows.
         retry_failed: run failed runs again.
+        until: of ``time.monotonic()``; no run begins after it. None: no limit.
+        later: weight of what follows this study, for the time left.
 
     Raises:
         StudyError: two runs of one key, or no process.
@@ -42,6 +44,8 @@ class Study:
     processes: int = 2
     fresh: bool = False
     retry_failed: bool = False
+    until: float | None = None
+    later: float = 0.0
 
     def __post_init__(self) -> None:
         keys = [run.key for run in self.runs]
@@ -75,9 +79,12 @@ def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
         try:
             _train(study, [(study.runs[index], configs[index]) for index in missing], file, len(there), say)
         except KeyboardInterrupt:
-            done = len({run.key for run in study.runs} & {row["key"] for row in file.rows})
-            say(f"stopped; {done} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
+            done = {run.key for run in study.runs} & {row["key"] for row in file.rows}
+            say(f"stopped; {len(done)} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
             raise
+        done = {run.key for run in study.runs} & {row["key"] for row in file.rows}
+        if len(done) < len(study.runs):
+            say(f"the time is up; {len(done)} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
         failed = sum(row["status"] == "failed" for row in file.rows)
         if failed:
             say(f"{failed} runs failed, their rows say why; --retry-failed runs them again")
@@ -106,10 +113,11 @@ def _finished(study: Study, configs: Sequence[Mapping[str, Any]], rows: Sequence
 def _train(
     study: Study, tasks: Sequence[tuple[Run, dict[str, Any]]], file: RowsFile, before: int, say: Callable[[str], None]
 ) -> None:
-    common, began = origin(), time.monotonic()
+    common, began, trained = origin(), time.monotonic(), 0.0
+    in_all = sum(run.weight for run, _ in tasks) + study.later
     with (
         _temporary_folder(study.path) as folder,
-        Workers([config for _, config in tasks], study.processes, folder) as w,
+        Workers([config for _, config in tasks], study.processes, folder, lambda: not _over(study)) as w,
     ):
         for done, (index, outcome) in enumerate(w.outcomes(), start=1):
             run, config = tasks[index]
@@ -130,8 +138,13 @@ def _train(
                 raise StudyError(
                     f"cannot write to {study.path}: {error.strerror}; the rows before are whole. {_continue(study)}"
                 ) from None
-            left = (time.monotonic() - began) / done * (len(tasks) - done)
+            trained += run.weight
+            left = (time.monotonic() - began) / trained * (in_all - trained)
             say(f"[{before + done}/{before + len(tasks)}] {_line(row)}; {_duration(left)} left")
+
+
+def _over(study: Study) -> bool:
+    return study.until is not None and time.monotonic() >= study.until
 
 
 @contextmanager

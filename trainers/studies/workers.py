@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -124,10 +124,17 @@ class Workers:
         configs: whole resolved configurations.
         processes: how many at a time.
         folder: an existing folder for the runs' temporary files.
+        more: whether another run may begin; those that have begun are finished.
     """
 
-    def __init__(self, configs: Sequence[Mapping[str, Any]], processes: int, folder: Path) -> None:
-        self._configs, self._folder = configs, folder
+    def __init__(
+        self,
+        configs: Sequence[Mapping[str, Any]],
+        processes: int,
+        folder: Path,
+        more: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._configs, self._folder, self._more = configs, folder, more
         self._waiting, self._deaths = deque(range(len(configs))), Counter[int]()
         self._workers: list[_Worker] = []
         self._processes = min(processes, len(configs))
@@ -165,6 +172,7 @@ class Workers:
         if message is None:
             yield from self._bury(worker, task)
             return
+        self._drop_if_no_more()
         if self._waiting:
             worker.task = self._waiting.popleft()
             worker.give(self._configs[worker.task])
@@ -184,5 +192,10 @@ class Workers:
                 self._waiting.appendleft(task)
             else:
                 yield task, failure(f"{worker.why_it_died()}, {ATTEMPTS} times")
+        self._drop_if_no_more()
         if self._waiting:
             self._workers.append(_Worker(self._folder))
+
+    def _drop_if_no_more(self) -> None:
+        if not self._more():
+            self._waiting.clear()

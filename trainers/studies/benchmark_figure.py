@@ -1,0 +1,122 @@
+"""The figures of the benchmark: differences to the baseline beside what counts as equal, and loss over tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from trainers.studies.benchmark import ARMS
+from trainers.studies.benchmark_results import MARGIN, Results
+from trainers.studies.region_figure import COLOURS, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Of an arm: ours, linear baselines, others.
+_OURS, _LINEAR, _OTHER = COLOURS[1], COLOURS[0], COLOURS[7]
+
+#: Differences beyond this many margins are cut; an arrow says so.
+_CUT = 6.0
+
+
+def write_differences(results: Mapping[str, Results], path: Path) -> bool:
+    """Draw each arm's difference to the baseline in percent, a panel a task; right is better.
+
+    Args:
+        results: by task.
+        path: of the PNG.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure  # without pyplot there is no state and no display
+
+    shown = {task: found for task, found in results.items() if _points(found)}
+    if not shown:
+        return False
+    arms = [arm for arm in ARMS if any(arm in _points(found) for found in shown.values())]
+    figure = Figure(figsize=(2.6 * len(shown) + 2.4, 0.32 * len(arms) + 1.5), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, found in zip(axes, shown.values(), strict=True):
+        _draw_differences(panel, found, arms)
+    axes[0].set_yticks(range(len(arms)), [ARMS[arm].title for arm in arms], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle("difference to the best-tuned linear baseline in %, 95% interval; right is better", fontsize=9)
+    save(figure, path)
+    return True
+
+
+def _points(results: Results) -> dict[str, tuple[float, float]]:
+    """Return each arm's difference and the half-width of its interval, in percent of the baseline; more is better."""
+    found = {}
+    for arm in ARMS:
+        compared = results.compared(arm, results.task.primary)
+        if compared is not None and compared.margin:
+            scale = (1 if results.task.rising else -1) * 100 * MARGIN / compared.margin
+            width = compared.difference.half_width
+            found[arm] = (scale * compared.difference.mean, abs(scale) * (0.0 if math.isnan(width) else width))
+    return found
+
+
+def _draw_differences(axes: Axes, results: Results, arms: Sequence[str]) -> None:
+    margin = 100 * MARGIN
+    axes.axvspan(-margin, margin, color="#009E73", alpha=0.15, linewidth=0)
+    axes.axvline(0, color="#000000", linewidth=0.7)
+    for arm, (mean, width) in _points(results).items():
+        colour = _OURS if ARMS[arm].ours else _LINEAR if ARMS[arm].linear else _OTHER
+        place = arms.index(arm)
+        if abs(mean) > _CUT * margin:
+            edge = math.copysign(0.97 * _CUT * margin, mean)
+            axes.plot([edge], [place], marker="<" if mean < 0 else ">", color=colour, markersize=6)
+            axes.annotate(f"{mean:+.1f}", (0.85 * edge, place), fontsize=7, color=colour, va="center", ha="center")
+        else:
+            axes.errorbar([mean], [place], xerr=[width], fmt="o", color=colour, markersize=4, capsize=2, linewidth=1.2)
+    axes.set_xlim(-_CUT * margin, _CUT * margin)
+    axes.set_title(results.task.title.replace(", ", "\n", 1), fontsize=8)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    axes.tick_params(labelsize=8)
+
+
+def write_curves(results: Mapping[str, Results], path: Path) -> bool:
+    """Draw training loss over tokens, means over seeds, a panel a task.
+
+    Args:
+        results: by task.
+        path: of the PNG.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {task: found for task, found in results.items() if any(found.curves(arm) for arm in ARMS)}
+    if not shown:
+        return False
+    figure = Figure(figsize=(3.4 * len(shown) + 2.0, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, found in zip(axes, shown.values(), strict=True):
+        _draw_curves(panel, found)
+    handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    figure.legend([*handles.values()], [*map(str, handles)], loc="outside right center", fontsize=7)
+    save(figure, path)
+    return True
+
+
+def _draw_curves(axes: Axes, results: Results) -> None:
+    for number, arm in enumerate(ARMS):
+        curves = results.curves(arm)
+        if not curves:
+            continue
+        length = min(map(len, curves))
+        tokens = [point[0] for point in curves[0][:length]]
+        losses = [fmean(curve[index][1] for curve in curves) for index in range(length)]
+        style = "-" if ARMS[arm].ours else "--" if ARMS[arm].linear else ":"
+        axes.plot(tokens, losses, style, color=COLOURS[number % len(COLOURS)], linewidth=1.1, label=ARMS[arm].title)
+    axes.set_title(results.task.title, fontsize=8)
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_ylabel("training loss", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25, linewidth=0.5)

@@ -1,0 +1,159 @@
+"""The rows of a task of the benchmark by arm and seed, and what is computed from them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from trainers.studies.benchmark import ARMS, Task, Tier
+from trainers.studies.benchmark_tuning import Choice, choices, reference, seeds_of
+from trainers.studies.intervals import Equivalence, Interval, equivalence, mean_interval, paired_difference
+from trainers.studies.rows import Row, by_seed
+
+#: What counts as equal, as a share of the baseline's mean.
+MARGIN = 0.005
+
+#: The target loss is that of the baseline after this share of its tokens.
+TARGET = 0.75
+
+#: Arms whose experts are not chosen, so that their load says nothing.
+NO_CHOICE = ("soft", "dense")
+
+
+@dataclass(frozen=True)
+class Results:
+    """A task's rows.
+
+    Attributes:
+        task: the task.
+        rows: all of its rows, those of tuning included.
+        choices: what tuning chose, by arm.
+        reference: the linear baseline that tuned best; None: none has.
+        expected: how many seeds each arm should have, in the order of ``ARMS``.
+    """
+
+    task: Task
+    rows: Sequence[Row]
+    choices: Mapping[str, Choice]
+    reference: str | None
+    expected: Mapping[str, int]
+
+    def main(self, arm: str) -> list[Row]:
+        """The rows that are judged."""
+        return [row for row in self.rows if row["labels"]["phase"] == "main" and row["labels"]["arm"] == arm]
+
+    def values(self, arm: str, name: str) -> dict[int, float]:
+        """A result of an arm by seed: of its finished runs that have it."""
+        if name == "max_violation":
+            return {} if arm in NO_CHOICE else _max_violation(self.main(arm))
+        return by_seed(self.main(arm), name)
+
+    def mean(self, arm: str, name: str) -> Interval | None:
+        """The mean of a result over seeds; None without any."""
+        values = [*self.values(arm, name).values()]
+        return mean_interval(values) if values else None
+
+    def compared(self, arm: str, name: str) -> Equivalence | None:
+        """A result less that of the reference, paired over seeds."""
+        if self.reference is None or arm == self.reference:
+            return None
+        return equivalence(self.values(arm, name), self.values(self.reference, name), MARGIN)
+
+    def step_ratio(self, arm: str) -> Interval | None:
+        """The time of a step in steps of the reference: the mean over seeds both have."""
+        return self._ratio(by_seed(self._of_reference(), _SPEED), by_seed(self.main(arm), _SPEED))
+
+    def tokens_ratio(self, arm: str) -> tuple[Interval | None, int]:
+        """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
+        theirs = {row["seed"]: _curve(row) for row in self._of_reference() if _curve(row)}
+        ours = {row["seed"]: _curve(row) for row in self.main(arm) if _curve(row)}
+        above, below, lost = {}, {}, 0
+        for seed in ours.keys() & theirs.keys():
+            target = loss_at(theirs[seed], TARGET * theirs[seed][-1][0])
+            reached = tokens_to(ours[seed], target)
+            lost += reached is None
+            if reached is not None:
+                above[seed], below[seed] = reached, tokens_to(theirs[seed], target) or theirs[seed][-1][0]
+        return self._ratio(above, below), lost
+
+    def curves(self, arm: str) -> list[list[tuple[float, float]]]:
+        """Loss over tokens of an arm's runs, where rows have it."""
+        return [curve for row in self.main(arm) if (curve := _curve(row))]
+
+    def _of_reference(self) -> list[Row]:
+        return [] if self.reference is None else self.main(self.reference)
+
+    def _ratio(self, above: Mapping[int, float], below: Mapping[int, float]) -> Interval | None:
+        ratios = {seed: value / below[seed] for seed, value in above.items() if below.get(seed)}
+        return paired_difference(ratios, dict.fromkeys(ratios, 0.0))
+
+
+_SPEED = "train/tokens_per_second"
+
+
+def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = None) -> Results:
+    """Return the rows of a task, and what should be there.
+
+    Args:
+        tier: the tier.
+        task: one of its tasks.
+        rows: of the task.
+        seeds: as in ``seeds_of``.
+    """
+    found = choices(tier, task, rows)
+    first, rest = seeds_of(tier, found, tuple(ARMS), seeds)
+    counts = first | rest
+    return Results(tier.tasks[task], rows, found, reference(found), {arm: counts[arm] for arm in ARMS})
+
+
+def _max_violation(rows: Sequence[Row]) -> dict[int, float]:
+    """The busiest expert's load over the fair one, less 1: the mean over layers, on the held-out split."""
+    found = {}
+    for row in rows:
+        results = row["results"] if row["status"] == "done" else {}
+        loads = [
+            float(value)
+            for name, value in results.items()
+            if value is not None and name.startswith("valid/geometry/layer") and name.endswith("/max_load")
+        ]
+        if loads:
+            found[row["seed"]] = fmean(loads) - 1
+    return found
+
+
+def _curve(row: Row) -> list[tuple[float, float]]:
+    columns = row.get("curve") or {} if row["status"] == "done" else {}
+    points = zip(columns.get("tokens", ()), columns.get("loss", ()), strict=True)
+    return [(float(tokens), float(loss)) for tokens, loss in points if loss is not None]
+
+
+def loss_at(curve: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Return the loss of a curve after so many tokens, between its points on a straight line.
+
+    Args:
+        curve: tokens and loss, tokens ascending; one point or more.
+        tokens: within it; outside, the nearest point counts.
+    """
+    if tokens <= curve[0][0]:
+        return curve[0][1]
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if tokens <= after:
+            return high + (low - high) * (tokens - before) / (after - before)
+    return curve[-1][1]
+
+
+def tokens_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return after how many tokens a curve is first at a loss or below it; None: it never is.
+
+    Args:
+        curve: as in ``loss_at``.
+        loss: the target.
+    """
+    if curve[0][1] <= loss:
+        return curve[0][0]
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if low <= loss:
+            return before + (after - before) * (high - loss) / (high - low)
+    return None
