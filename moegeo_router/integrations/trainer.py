@@ -232,8 +232,10 @@ def _checked(config: GeometryConfig | None, manifold: str, watch: bool) -> Geome
     if not config.hooks:
         raise ValueError("hooks=False is for loops of one's own: in the Trainer nobody records the routing")
     active = config.regularizers is not None and config.regularizers.active
-    if watch and (config.controller == "act" or active):
-        raise ValueError("watch=True changes nothing: it takes no regularizers, and no controller that acts")
+    if watch and (config.controller == "act" or active or config.bias_speed):
+        raise ValueError(
+            "watch=True changes nothing: it takes no regularizers, no bias_speed and no controller that acts"
+        )
     return config
 
 
