@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..attach import Geometry, attach
 from ..config import GeometryConfig
@@ -27,7 +26,7 @@ from ..routers.tag import take_off_manifold
 from ..version import __version__
 
 try:
-    from accelerate.optimizer import AcceleratedOptimizer
+    import accelerate.optimizer  # noqa: F401
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
@@ -108,7 +107,7 @@ class MoEGeometryCallback(TrainerCallback):
         model, config = self._trainer.model, self._config_of_run()
         assert model is not None
         self._put_on_manifold(model, config)
-        self.geometry = attach(model, _inner(self._trainer.optimizer), config)
+        self.geometry = attach(model, self._trainer.optimizer, config)
         if self._resumed is not None:
             self._restore(self.geometry, Path(self._resumed))
 
@@ -267,12 +266,6 @@ def _loss_scale(trainer: Trainer) -> Any:
     if scaled is None:
         scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     return "sum" if scaled else "mean"
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 @contextmanager
