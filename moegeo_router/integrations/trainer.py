@@ -186,10 +186,10 @@ class MoEGeometryCallback(TrainerCallback):
         path, saved = folder / STATE, _read(folder / STATE)
         own = folder / _name(args.process_index)
         # What a rank has summed up since the factors of natural steps were computed is its own.
-        if saved["ranks"] == args.world_size and own.exists():
+        if saved.get("ranks") == args.world_size and own.exists():
             path, saved = own, _read(own)
         try:
-            geometry.load_state_dict(saved["geometry"])
+            geometry.load_state_dict(saved.get("geometry", {}))
         except ValueError as error:
             raise ValueError(f"{path} is not of this run: {error}") from error
 
@@ -208,7 +208,7 @@ class MoEGeometryCallback(TrainerCallback):
     def _put_on_manifold(self, model: nn.Module, config: GeometryConfig) -> None:
         model = unwrapped(model)
         sites = find_routers(model, config.select)
-        frozen = [site.name for site in sites if not site.weight.requires_grad]
+        frozen = [site.name for site in sites if site.frozen]
         if frozen and not self._watch:
             warnings.warn(f"the routers {', '.join(frozen)} are frozen: they are watched, not stepped", stacklevel=2)
         if config.step is None:

@@ -353,6 +353,18 @@ def test_adapters_of_peft(tmp_path):
     assert lines(run)[-1]["geometry/fhs"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_routers_that_adapters_train_are_not_called_frozen(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=[], target_parameters=["gate.weight"], r=2))
+    run, _ = with_geometry(tmp_path, model, max_steps=2)
+    with pytest.warns(UserWarning, match="adapters") as told:
+        run.train()
+    about = [str(warning.message) for warning in told if "routers" in str(warning.message)]
+    assert len(about) == 1
+    assert "are trained by adapters (LoRA)" in about[0]
+
+
 def test_without_training_nothing_happens(tmp_path):
     run, callback = with_geometry(tmp_path)
     before = weights(run.model)
