@@ -17,7 +17,7 @@ from .integrations.versions import warn_of_untested
 from .losses import Regularizers
 from .metrics.load import load_share
 from .metrics.summary import expert_scalars, flatten, model_scalars, short_names
-from .observe.build import refuse_second_watch, unwrapped
+from .observe.build import refuse_second_watch, unwrapped, unwrapped_optimizer
 from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics, without_traces
 from .observe.watch import Watch
@@ -50,7 +50,8 @@ def attach(
 
     Args:
         model: the model, or a data-parallel or compiled wrapper of it.
-        optimizer: the optimizer, or several, that step the model; the last one ends a step.
+        optimizer: the optimizer, or several, that step the model (or accelerate's wrappers of them); the last one
+            ends a step.
         config: see ``GeometryConfig``.
 
     Returns:
@@ -74,6 +75,7 @@ def attach(
     if not isinstance(optimizers, list | tuple) or not all(isinstance(o, Optimizer) for o in optimizers):
         given = ", ".join(type(o).__name__ for o in optimizers) if isinstance(optimizers, list | tuple) else optimizer
         raise ValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {given!r:.80}")
+    optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
     if len({id(o) for o in optimizers}) < len(optimizers):
         raise ValueError("optimizer: one of them is given twice")
     if config is not None and not isinstance(config, GeometryConfig):
@@ -366,6 +368,8 @@ class Geometry:
         Raises:
             ValueError: the state of another format, other layers or other routers.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"geometry's state must be what state_dict() returned, got {type(state).__name__}")
         if state.get("format") != FORMAT:
             raise ValueError(f"geometry's state has format {state.get('format')!r}, expected {FORMAT}")
         missing = [key for key in ("experts", "sums", "sensitivities", "routers") if key not in state]
@@ -440,7 +444,7 @@ class Geometry:
                     numbers |= self._control.end_step(self._watch.window, reduced, numbers, skipped, self._scalars)
                 # After the controller, which may have changed what they weigh.
                 numbers["regularizers"] = self._regularization.end_step(reduced)
-                if self._biases is not None and not skipped:
+                if self._biases is not None and not (skipped or (self._steps is not None and self._steps.skipped)):
                     self._biases.update(reduced)
                 self._reduced, self._numbers = reduced, numbers
                 self._watch.window.post(reduced, numbers)

@@ -289,3 +289,6 @@ def test_the_velocity_is_from_step_to_step_and_state_is_of_the_last():
     resumed_geometry = mg.attach(resumed, torch.optim.SGD(resumed.parameters(), lr=0.0), config)
     resumed_geometry.load_state_dict(geometry.state_dict())
     assert resumed_geometry.metrics() == found[2], "the velocity, too"
+    for other in (None, [geometry.state_dict()]):
+        with pytest.raises(ValueError, match=r"what state_dict\(\) returned, got"):
+            resumed_geometry.load_state_dict(other)  # type: ignore[arg-type]

@@ -38,8 +38,8 @@ class Guard:
             handle.remove()
 
     def _check(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            return
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            return  # accelerate passes None on as one
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._finite(held):
             self._skipped = True

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..attach import Geometry, attach
 from ..config import GeometryConfig
@@ -27,7 +26,7 @@ from ..routers.tag import take_off_manifold
 from ..version import __version__
 
 try:
-    from accelerate.optimizer import AcceleratedOptimizer
+    import accelerate.optimizer  # noqa: F401
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
@@ -108,7 +107,7 @@ class MoEGeometryCallback(TrainerCallback):
         model, config = self._trainer.model, self._config_of_run()
         assert model is not None
         self._put_on_manifold(model, config)
-        self.geometry = attach(model, _inner(self._trainer.optimizer), config)
+        self.geometry = attach(model, self._trainer.optimizer, config)
         if self._resumed is not None:
             self._restore(self.geometry, Path(self._resumed))
 
@@ -187,10 +186,10 @@ class MoEGeometryCallback(TrainerCallback):
         path, saved = folder / STATE, _read(folder / STATE)
         own = folder / _name(args.process_index)
         # What a rank has summed up since the factors of natural steps were computed is its own.
-        if saved["ranks"] == args.world_size and own.exists():
+        if saved.get("ranks") == args.world_size and own.exists():
             path, saved = own, _read(own)
         try:
-            geometry.load_state_dict(saved["geometry"])
+            geometry.load_state_dict(saved.get("geometry", {}))
         except ValueError as error:
             raise ValueError(f"{path} is not of this run: {error}") from error
 
@@ -209,7 +208,7 @@ class MoEGeometryCallback(TrainerCallback):
     def _put_on_manifold(self, model: nn.Module, config: GeometryConfig) -> None:
         model = unwrapped(model)
         sites = find_routers(model, config.select)
-        frozen = [site.name for site in sites if not site.weight.requires_grad]
+        frozen = [site.name for site in sites if site.frozen]
         if frozen and not self._watch:
             warnings.warn(f"the routers {', '.join(frozen)} are frozen: they are watched, not stepped", stacklevel=2)
         if config.step is None:
@@ -232,8 +231,10 @@ def _checked(config: GeometryConfig | None, manifold: str, watch: bool) -> Geome
     if not config.hooks:
         raise ValueError("hooks=False is for loops of one's own: in the Trainer nobody records the routing")
     active = config.regularizers is not None and config.regularizers.active
-    if watch and (config.controller == "act" or active):
-        raise ValueError("watch=True changes nothing: it takes no regularizers, and no controller that acts")
+    if watch and (config.controller == "act" or active or config.bias_speed):
+        raise ValueError(
+            "watch=True changes nothing: it takes no regularizers, no bias_speed and no controller that acts"
+        )
     return config
 
 
@@ -265,12 +266,6 @@ def _loss_scale(trainer: Trainer) -> Any:
     if scaled is None:
         scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     return "sum" if scaled else "mean"
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 @contextmanager

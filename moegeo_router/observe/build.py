@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..config import GeometryConfig
 from ..integrations.transformers import observe_experts
@@ -35,6 +37,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         else:
             assert isinstance(inner, nn.Module)
             return inner
+
+
+def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside accelerate's wrapper, which is an ``Optimizer`` that never steps itself."""
+    inner: Any = optimizer
+    while type(inner).__name__ == "AcceleratedOptimizer":
+        inner = inner.optimizer
+    return inner
 
 
 def check_sites(model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig) -> None:

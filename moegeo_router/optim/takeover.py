@@ -44,6 +44,9 @@ class RouterSteps:
         before: called before a step of the last of the optimizers, with all gradients in place.
         after: called after it.
 
+    Attributes:
+        skipped: whether a gradient scaler had the last step skipped inside of a fused optimizer.
+
     Raises:
         ValueError: a weight that is on no manifold or in no optimizer, or an optimizer that is taken over already.
     """
@@ -61,6 +64,7 @@ class RouterSteps:
         self._before, self._after = before, after
         self._optimizers, self._natural = list(optimizers), natural
         self._unfit: dict[str, str] = {}
+        self.skipped = False
         for optimizer in self._optimizers:
             _refuse_second(optimizer)
         self._scale = scale
@@ -273,7 +277,8 @@ class RouterSteps:
 
     def _step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)  # of a gradient scaler, around fused optimizers
-        if skipped is None or not bool(skipped):
+        self.skipped = skipped is not None and bool(skipped)
+        if not self.skipped:
             for stack in self._stacks:
                 if stack.optimizer is optimizer:
                     stack.step(getattr(optimizer, "grad_scale", None))

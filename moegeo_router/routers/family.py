@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, check_whole
 from .gating import ScoreFunction
 
 GatesScale = Literal["output", "input"]
@@ -72,6 +72,14 @@ class RouterFamily:
         for name, given in (("router", self.router), ("block", self.block)):
             if not isinstance(given, str | type) and (name == "router" or given is not None):
                 raise ValueError(f"{name} must be a module class or its name, got {given!r:.80}")
+        if self.top_k is not None and not isinstance(self.top_k, str):
+            check_whole("top_k", self.top_k, 1)
+        if not isinstance(self.renormalize, bool | str):
+            raise ValueError(
+                f"renormalize must be True, False or the name of an attribute, got {self.renormalize!r:.80}"
+            )
+        if self.projection is not None and not isinstance(self.projection, str):
+            raise ValueError(f"projection must be the path of a layer in the router, got {self.projection!r:.80}")
         if not callable(self.scores):
             check_choice("scores", self.scores, get_args(ScoreFunction))
         check_choice("gates", self.gates, get_args(GatesScale))

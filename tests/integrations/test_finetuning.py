@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moegeo_router as mg
+from moegeo_router.control.selection_bias import selection_bias
 from moegeo_router.optim.natural import NaturalRule
 from tests.support.ranks import on_two_ranks
 from tests.support.tiny_transformers import VOCABULARY, backward, build
@@ -200,6 +201,52 @@ def test_a_scaler_that_skips_a_step_leaves_routers_alone():
         moved.append(not equal(before, weights(model)))
     assert moved == [True, False, True]
     geometry.detach()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_skips_a_step_leaves_selection_biases_alone(fused):
+    model = build("DeepseekV3")
+    mg.geometrize(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    geometry = mg.attach(model, optimizer, mg.GeometryConfig(inject=True, grad_scaler=scaler, bias_speed=0.01))
+    _, bias = selection_bias(model, mg.find_routers(model)[0])
+    moved = []
+    for broken in (False, True, False):
+        before = bias.clone()
+        scaler.scale(model(input_ids=ids_of(0), labels=ids_of(0)).loss).backward()
+        if broken:
+            next(model.parameters()).grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(before, bias))
+    assert moved == [True, False, True]
+    geometry.detach()
+
+
+def test_a_loop_with_accelerate_is_a_loop_like_any_other():
+    accelerate = pytest.importorskip("accelerate")
+    results = []
+    for wrapped in (False, True):
+        model = build("Qwen3Moe")
+        mg.geometrize(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        prepared, stepped, backward_of = model, optimizer, torch.Tensor.backward
+        if wrapped:
+            accelerator = accelerate.Accelerator(cpu=True)
+            prepared, stepped = accelerator.prepare(model, optimizer)
+            backward_of = accelerator.backward
+        geometry = mg.attach(prepared, stepped)
+        for seed in range(3):
+            backward_of(prepared(input_ids=ids_of(seed), labels=ids_of(seed)).loss + geometry.loss())
+            stepped.step()
+            stepped.zero_grad()
+        results.append((weights(model), geometry.metrics()))
+        geometry.detach()
+        assert not optimizer._optimizer_step_pre_hooks
+    assert equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 def _quantised(dtype: torch.dtype) -> nn.Module:

@@ -177,6 +177,22 @@ def test_the_controller_sees_the_loss_that_is_trained(tmp_path, options):
     assert all(math.isfinite(loss) for loss in told)
 
 
+def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(tmp_path):
+    class Broken(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 2 else loss
+
+    run, _ = with_geometry(tmp_path, cls=Broken, config=mg.GeometryConfig(controller="act"))
+    seen = []
+    for step in (2, 3, 4):
+        run.add_callback(AtStep(step, lambda _: seen.append(weights(run.model))))
+    run.train()
+    assert apart(seen[0], seen[1]) == 0
+    assert apart(seen[1], seen[2]) > 0
+    assert all(value.isfinite().all() for value in weights(run.model).values())
+
+
 def test_losses_that_the_trainer_divides(tmp_path):
     class Own(transformers.Trainer):
         loss_is_scaled_for_ga = False
@@ -335,6 +351,18 @@ def test_adapters_of_peft(tmp_path):
     with pytest.warns(UserWarning, match="are frozen: they are watched"):
         run.train()
     assert lines(run)[-1]["geometry/fhs"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_routers_that_adapters_train_are_not_called_frozen(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=[], target_parameters=["gate.weight"], r=2))
+    run, _ = with_geometry(tmp_path, model, max_steps=2)
+    with pytest.warns(UserWarning, match="adapters") as told:
+        run.train()
+    about = [str(warning.message) for warning in told if "routers" in str(warning.message)]
+    assert len(about) == 1
+    assert "are trained by adapters (LoRA)" in about[0]
 
 
 def test_without_training_nothing_happens(tmp_path):

@@ -40,6 +40,11 @@ def test_routers_are_found_or_the_model_is_named(tmp_path):
         ),
         (lambda run: mg.MoEGeometryCallback(run, mg.GeometryConfig(hooks=False)), ValueError, "hooks=False"),
         (lambda run: mg.MoEGeometryCallback(run, CONFIG, watch=True), ValueError, "watch=True changes nothing"),
+        (
+            lambda run: mg.MoEGeometryCallback(run, mg.GeometryConfig(bias_speed=0.001), watch=True),
+            ValueError,
+            "no bias_speed",
+        ),
     ],
 )
 def test_mistakes(tmp_path, make, error, message):

@@ -136,6 +136,9 @@ def test_what_does_not_fit_is_said():
         mg.RouterFamily(router=Odd, scores="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gates must be 'output' or 'input'"):
         mg.RouterFamily(router=Odd, gates="both")  # type: ignore[arg-type]
+    for option, message in (("top_k", "whole number"), ("renormalize", "True, False"), ("projection", "path")):
+        with pytest.raises(ValueError, match=f"{option} must be .*{message}.*got 0.5"):
+            mg.RouterFamily(router=Odd, **{option: 0.5})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="router must be a module class or its name"):
         mg.RouterFamily(router=Odd())  # type: ignore[arg-type]
 
