@@ -8,13 +8,16 @@ from functools import partial
 from torch import nn
 
 from ..config import GeometryConfig
+from ..integrations import peft
 from ..integrations.transformers import observe_experts
-from ..routers.experts import block_of, find_experts
+from ..routers.experts import Experts, block_of, find_experts
 from ..routers.find import RouterSite
 from .fisher import AddTraces, MinibatchTraces, NoTraces, OutputTraces, ParameterTraces, TraceEstimator
 from .hooks import Failed, Hook
 from .taps import LayerTap, Sink
 from .tokens import TokenTap
+
+_SHARDED = "sharded, expert- and tensor-parallel models are not supported"
 
 
 def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
@@ -25,7 +28,7 @@ def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside data-parallel and compiled wrappers: names and hooks are those of the model itself."""
+    """Return the model inside data-parallel, compiled and PEFT's wrappers: names and hooks are its own."""
     inner: object = model
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -34,25 +37,42 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         else:
             assert isinstance(inner, nn.Module)
-            return inner
+            base = peft.base_model(inner)
+            if base is inner:
+                return inner
+            inner = base
 
 
 def refuse_sharded(sites: Sequence[RouterSite]) -> None:
     """Raise a ValueError if a router's weight is sharded."""
     for site in sites:
-        if type(site.weight.data).__name__ == "DTensor":
-            raise ValueError(
-                f"the weight of router {site.name} is a DTensor: sharded, expert- and tensor-parallel models are not "
-                "supported"
-            )
+        if _is_sharded(site.weight):
+            raise ValueError(f"the weight of router {site.name} is a DTensor: {_SHARDED}")
 
 
-def check_sites(sites: Sequence[RouterSite], config: GeometryConfig) -> None:
-    """Raise a ValueError if ``top_k`` does not fit a router, or a router's weight is sharded."""
+def _refuse_sharded_experts(experts: Experts | None) -> None:
+    """Raise a ValueError if the experts of a layer are spread over ranks: each sees only some of the choices."""
+    if experts is None:
+        return
+    if getattr(experts.container, "_is_expert_parallel", False):
+        raise ValueError(f"the experts {experts.name} are expert-parallel: {_SHARDED}")
+    for name, parameter in experts.container.named_parameters():
+        if _is_sharded(parameter):
+            raise ValueError(f"the weight {name} of the experts {experts.name} is a DTensor: {_SHARDED}")
+
+
+def _is_sharded(weight: nn.Parameter) -> bool:
+    return type(weight.data).__name__ == "DTensor"
+
+
+def check_sites(model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig) -> None:
+    """Raise a ValueError if ``top_k`` does not fit a router, or a router or its experts are sharded."""
     for site in sites:
         if config.top_k is not None and config.top_k > site.num_experts:
             raise ValueError(f"top_k={config.top_k}: router {site.name} has {site.num_experts} experts")
     refuse_sharded(sites)
+    for site in sites if config.hooks else ():
+        _refuse_sharded_experts(find_experts(model, site))
 
 
 def taps_of(
@@ -97,6 +117,11 @@ def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, f
     if experts is None:
         raise ValueError(f"fisher={config.fisher!r}: no experts found beside router {site.name}: take fisher='outputs'")
     if config.fisher == "minibatch":
+        own = experts.own_parameters() if experts.stacked else experts.container.parameters()
+        if not any(parameter.requires_grad for parameter in own):
+            raise ValueError(
+                f"fisher='minibatch' reads gradients of the experts, and {experts.name} are frozen: take 'outputs'"
+            )
         if experts.stacked and not any(p.ndim > 1 and len(p) == site.num_experts for p in experts.own_parameters()):
             raise ValueError(
                 f"fisher='minibatch': the weights of {experts.name} are not stacked by expert: take 'outputs'"

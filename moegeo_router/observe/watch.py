@@ -57,7 +57,7 @@ class Watch(Pausable):
         on_stop: Callable[[], str],
         strict: type[Exception],
     ) -> None:
-        check_sites(sites, config)
+        check_sites(model, sites, config)
         self._config, self._on_forward, self._on_stop, self._strict = config, on_forward, on_stop, strict
         self._sites = list(sites) if config.hooks else []
         self._watching, self._stopped = True, False
