@@ -10,6 +10,7 @@ mg.fsi(p), mg.dispersion(p)                  # how concentrated, how specialized
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import geometry
@@ -52,6 +53,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .geometry.fisher_rao import FisherRaoSimplex
     from .geometry.rows import PolarRows
+    from .integrations.trainer import MoEGeometryCallback
 
 __all__ = [
     "Applied",
@@ -96,9 +98,17 @@ __all__ = [
     "topk_gating",
 ]
 
+# A star import asks for every name here: this one only where it can be had.
+if find_spec("transformers") is not None and find_spec("accelerate") is not None:
+    __all__ += ["MoEGeometryCallback"]
+
 
 def __getattr__(name: str) -> Any:
-    # The manifolds need geoopt, whose import takes seconds: only those who ask for them pay.
+    # The manifolds need geoopt and the callback transformers, whose import takes seconds: only those who ask pay.
     if name in ("FisherRaoSimplex", "PolarRows"):
         return getattr(geometry, name)
+    if name == "MoEGeometryCallback":
+        from .integrations.trainer import MoEGeometryCallback
+
+        return MoEGeometryCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -90,7 +90,8 @@ class GeometryConfig:
         inject: the regularizers ride on the graph: their gradient joins that of the router's logits, and the loss of
             the user is left alone. Otherwise they come from ``loss()``.
         accumulation: injected gradients are divided by this: the number of micro-batches whose losses the user divides
-            by it. (``loss()`` needs no such number: it is divided with the rest.)
+            by it, or a function that returns that of the step under way, where not all have as many. (``loss()`` needs
+            no such number: it is divided with the rest.)
         grad_scaler: the ``torch.amp.GradScaler`` of the run: injected gradients must be scaled like others, and Fisher
             traces of a step that it skips have another scale than those of the next.
         step: how the routers are stepped when there is an optimizer, whose step is then taken over: ``"natural"``
@@ -129,7 +130,7 @@ class GeometryConfig:
     num_domains: int = 0
     regularizers: Regularizers | None = None
     inject: bool = False
-    accumulation: int = 1
+    accumulation: int | Callable[[], int] = 1
     grad_scaler: Any = None
     step: Step | None = "natural"
     router_lr: float = 1.0
@@ -153,8 +154,10 @@ class GeometryConfig:
         check_choice("step", self.step, (*get_args(Step), None))
         check_choice("on_error", self.on_error, get_args(OnError))
         check_choice("controller", self.controller, (*get_args(Mode), None))
+        unknown = {"top_k"} if self.top_k is None else set()
+        unknown |= {"accumulation"} if callable(self.accumulation) else set()
         for name, least in (("top_k", 1), ("num_domains", 0), ("accumulation", 1), ("pictures_every", 0)):
-            if name != "top_k" or self.top_k is not None:
+            if name not in unknown:
                 check_whole(name, getattr(self, name), least)
         if not 0 <= self.router_lr < float("inf"):
             raise ValueError(f"router_lr must be a factor of at least 0, got {self.router_lr}")
@@ -168,7 +171,7 @@ class GeometryConfig:
         with_rows(self.control, self.signals).table()
         if self.signals and self.controller is None:
             raise ValueError("signals are for the controller: take another one than controller=None")
-        if self.accumulation > 1 and not self.inject:
+        if not self.inject and (callable(self.accumulation) or self.accumulation > 1):
             raise ValueError("accumulation is for injected gradients (inject=True): loss() is divided with your loss")
         if self.regularizers is not None and self.regularizers.fhs and self.fisher != "outputs":
             raise ValueError(f"regularizers.fhs needs fisher='outputs', got {self.fisher!r}")
@@ -192,3 +195,8 @@ class GeometryConfig:
     def _said(self, known: Routing) -> Routing:
         own = {name: getattr(self, name) for name in Routing._fields}
         return known._replace(**{name: value for name, value in own.items() if value is not None})
+
+    @property
+    def micro_batches(self) -> int:
+        """The number of micro-batches of the step under way, which injected gradients are divided by."""
+        return self.accumulation() if callable(self.accumulation) else self.accumulation

@@ -219,7 +219,8 @@ class Regularization:
         if not self.on:
             return torch.zeros(0)
         for layer, sums in reduced.layers.items():
-            self._references[layer] = linearize(self.weights_of(layer), sums, self._sensitivities.get(layer))
+            weights = Regularizers.none() if self._frozen(layer) else self.weights_of(layer)
+            self._references[layer] = linearize(weights, sums, self._sensitivities.get(layer))
         return torch.stack([self._references[layer].value for layer in reduced.layers])
 
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
@@ -246,7 +247,7 @@ class Regularization:
         gates = None if used is None else used.detach().requires_grad_()
         # A checkpointed region's hooks would take these tensors for its own, and run the region again for them.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            loss = self._additive(replace(seen, logits=logits, gates=gates), None) / self._config.accumulation
+            loss = self._additive(replace(seen, logits=logits, gates=gates), None) / self._config.micro_batches
             if self._config.grad_scaler is not None:
                 loss = self._config.grad_scaler.scale(loss)
             wanted = [logits] if gates is None else [logits, gates]

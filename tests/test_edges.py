@@ -198,6 +198,7 @@ def test_routers_that_are_unfrozen_and_frozen_on_the_way():
         ),
         (lambda m, o: mg.GeometryConfig(regularizers={"fsi": 1}), r"regularizers must be a Regularizers\(\.\.\.\) or"),
         (lambda m, o: mg.GeometryConfig(accumulation=4), r"accumulation is for injected gradients"),
+        (lambda m, o: mg.GeometryConfig(accumulation=lambda: 4), r"accumulation is for injected gradients"),
         (lambda m, o: mg.GeometryConfig(grad_scaler=2.0), r"grad_scaler must be a torch\.amp\.GradScaler, got float"),
         (lambda m, o: mg.GeometryConfig(fisher=None, regularizers=mg.Regularizers(fhs=1.0)), "needs fisher='outputs'"),
         (lambda m, o: mg.GeometryConfig(router_lr=-1.0), "router_lr must be a factor of at least 0"),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
         ("replace_linear_router.py", "exported: Parameter in a plain Linear"),
         ("log_geometry_to_wandb.py", "wandb leet"),
         ("watch_transformers.py", "the same training as without watching: True"),
+        ("finetune_transformers.py", "saved; stock transformers loads it: Qwen3MoeForCausalLM"),
         ("own_router_family.py", "dispatch: sigmoid scores"),
         ("own_signal_and_intervention.py", "turn_apart in gate helped: well"),
     ],

@@ -10,14 +10,12 @@ from torch import nn
 from ..config import GeometryConfig
 from ..integrations import peft
 from ..integrations.transformers import observe_experts
-from ..routers.experts import Experts, block_of, find_experts
+from ..routers.experts import block_of, find_experts, refuse_sharded
 from ..routers.find import RouterSite
 from .fisher import AddTraces, MinibatchTraces, NoTraces, OutputTraces, ParameterTraces, TraceEstimator
 from .hooks import Failed, Hook
 from .taps import LayerTap, Sink
 from .tokens import TokenTap
-
-_SHARDED = "sharded, expert- and tensor-parallel models are not supported"
 
 
 def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
@@ -43,36 +41,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = base
 
 
-def refuse_sharded(sites: Sequence[RouterSite]) -> None:
-    """Raise a ValueError if a router's weight is sharded."""
-    for site in sites:
-        if _is_sharded(site.weight):
-            raise ValueError(f"the weight of router {site.name} is a DTensor: {_SHARDED}")
-
-
-def _refuse_sharded_experts(experts: Experts | None) -> None:
-    """Raise a ValueError if the experts of a layer are spread over ranks: each sees only some of the choices."""
-    if experts is None:
-        return
-    if getattr(experts.container, "_is_expert_parallel", False):
-        raise ValueError(f"the experts {experts.name} are expert-parallel: {_SHARDED}")
-    for name, parameter in experts.container.named_parameters():
-        if _is_sharded(parameter):
-            raise ValueError(f"the weight {name} of the experts {experts.name} is a DTensor: {_SHARDED}")
-
-
-def _is_sharded(weight: nn.Parameter) -> bool:
-    return type(weight.data).__name__ == "DTensor"
-
-
 def check_sites(model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig) -> None:
     """Raise a ValueError if ``top_k`` does not fit a router, or a router or its experts are sharded."""
     for site in sites:
         if config.top_k is not None and config.top_k > site.num_experts:
             raise ValueError(f"top_k={config.top_k}: router {site.name} has {site.num_experts} experts")
-    refuse_sharded(sites)
-    for site in sites if config.hooks else ():
-        _refuse_sharded_experts(find_experts(model, site))
+    refuse_sharded(model, sites)
 
 
 def taps_of(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import GeometryConfig, NaturalConfig
-from ..observe.build import refuse_sharded, unwrapped
+from ..observe.build import unwrapped
 from ..observe.forward import LayerForward
 from ..observe.hooks import Pausable
 from ..observe.taps import LayerTap
 from ..observe.tokens import TokenTap
+from ..routers.experts import refuse_sharded
 from ..routers.find import RouterSite, Select, find_routers
 from ..routers.gating import ScoreFunction
 from .natural import OPTIONS, Movement, in_a_row
@@ -225,7 +226,7 @@ def _sites_of_groups(
             if not 0 <= options[name] < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {options[name]}")
         sites = find_routers(model, group.get("select", select))
-        refuse_sharded(sites)
+        refuse_sharded(model, sites)
         weights = {id(site.weight) for site in sites}
         if weights & taken:
             twice = next(site.name for site in sites if id(site.weight) in taken)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .experts import refuse_sharded
 from .find import RouterSite, Select, find_routers
 from .router import GeometricRouter
 from .tag import changes_function, count_zero_rows, put_on_manifold, refuse_zero_rows, restore_tag, take_off_manifold
@@ -45,9 +46,11 @@ def geometrize(
         The routers, in the order of the model's modules.
 
     Raises:
-        ValueError: no router found, or the manifold cannot hold one of them; then no router has been changed.
+        ValueError: no router found, a sharded model, or the manifold cannot hold one of the routers; then none has been
+            changed.
     """
     sites = find_routers(model, select)
+    refuse_sharded(model, sites)
     _check_convertible(sites, manifold, allow_change)
     temperatures: dict[Tensor, nn.Parameter] = {}  # routers that share a weight share its temperature
     for site in sites:

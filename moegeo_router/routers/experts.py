@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,6 +58,26 @@ def find_experts(model: nn.Module, site: RouterSite) -> Experts | None:
     """
     block = block_of(model, site)
     return None if block is None else _experts_in(*block, site)
+
+
+def refuse_sharded(model: nn.Module, sites: Iterable[RouterSite]) -> None:
+    """Raise a ValueError if a router's weight, or its experts, are sharded: a rank sees a part of the routing only."""
+    for site in sites:
+        experts = find_experts(model, site)
+        tensors = [(f"the weight of router {site.name}", site.weight)]
+        tensors += (
+            [] if experts is None else [(f"a weight of {experts.name}", p) for p in experts.container.parameters()]
+        )
+        for what, tensor in tensors:
+            if type(tensor.data).__name__ == "DTensor":
+                raise ValueError(
+                    f"{what} is a DTensor: sharded, expert- and tensor-parallel models are not supported; load the "
+                    "model without a plan (tp_plan, expert parallelism) and train it data-parallel"
+                )
+        if experts is not None and getattr(experts.container, "_is_expert_parallel", False):
+            raise ValueError(
+                f"{experts.name} is expert-parallel: load the model without a plan and train it data-parallel"
+            )
 
 
 def _called_ancestors(model: nn.Module, site: RouterSite) -> Iterator[tuple[str, nn.Module]]:

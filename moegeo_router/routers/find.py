@@ -93,8 +93,8 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     for site in sites:
         if site.weight.device == torch.device("meta"):
             raise ValueError(
-                f"the weight of router {site.name} is on the meta device: load the model's weights first (or give it "
-                "some: model.to_empty(device=...), and initialise)"
+                f"the weight of router {site.name} is on the meta device: materialise the model first (load its "
+                "weights, or model.to_empty(device=...) and initialise them)"
             )
     return sites
 
@@ -201,8 +201,8 @@ def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[Rou
     weight: object = projection.weight
     if isinstance(weight, Tensor) and weight.dtype != torch.bool and weight.element_size() == 1:
         raise ValueError(
-            f"the weight of router {name} is quantised ({type(weight).__name__}, {weight.dtype}): have the library "
-            "that quantises the model leave its routers out"
+            f"the weight of router {name} must be a floating point (E, D) tensor, and is quantised "
+            f"({type(weight).__name__}, {weight.dtype}): have whoever quantises the model leave its routers out"
         )
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")

@@ -115,7 +115,7 @@ def test_selectors_of_another_type():
 def test_a_selected_module_must_have_a_weight():
     with pytest.raises(ValueError, match=r"act \(ReLU\) has no \(E, D\) weight, nor one linear layer"):
         find_routers(block(act=nn.ReLU()), "act")
-    with pytest.raises(ValueError, match="weight of router gate is on the meta device: load the model's weights first"):
+    with pytest.raises(ValueError, match="weight of router gate is on the meta device: materialise the model first"):
         find_routers(block(gate=nn.Linear(D, E, device="meta"), experts=experts()))
     integers = of_class("HashRouter", weight=nn.Parameter(torch.zeros(E, D, dtype=torch.int64), requires_grad=False))
     with pytest.raises(ValueError, match="weight of router hash must be a floating point"):
