@@ -202,6 +202,7 @@ def test_adapters_of_routers_are_stepped_by_the_optimizer_alone(family, leaf, tr
     optimizer = adamw(model, trained)
     recwarn.clear()
     geometry = mg.attach(model, optimizer, config())
+    assert geometry._stepped == []
     train(model, optimizer)
     said = [str(w.message) for w in recwarn if "adapters (LoRA)" in str(w.message)]
     assert len(said) == len(recwarn) == 1
@@ -224,54 +225,42 @@ def test_routers_beside_adapted_ones_are_stepped():
     assert torch.equal(second.weight, before[1])
 
 
-@pytest.mark.parametrize("inject", [False, True])
-@pytest.mark.filterwarnings("ignore:the routers .* are trained by adapters")
-def test_regularizers_reach_adapters(inject):
-    gradients = []
-    for weight in (0.0, 10.0):
-        model = converted_last(build("Mixtral"), target_parameters=["mlp.gate.weight"])
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        regularizers = mg.Regularizers(fsi=0.0, z=weight) if weight else mg.Regularizers.none()
-        geometry = mg.attach(model, optimizer, config(regularizers=regularizers, inject=inject))
-        loss = loss_of(run(model))
-        (loss if inject else loss + geometry.loss()).backward()
-        optimizer.step()  # nobody complains that they reached no router
-        adapter = mg.find_routers(model)[0].adapter
-        gradients.append(adapter.lora_B["default"].weight.grad.clone())
-        geometry.detach()
-    assert (gradients[1] - gradients[0]).norm() > 0.01 * gradients[0].norm()
-
-
-class OwnBlock(nn.Module):
-    """A router that is a plain ``nn.Linear``, beside a list of experts."""
+class Scorer(nn.Module):
+    """A router that shows scores only, with its linear layer inside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(8, 4)
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.proj = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        gates, ids = self.gate(x).softmax(-1).topk(2)
-        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        return x + (gates[..., None] * outputs.gather(1, ids[..., None].expand(*ids.shape, 8))).sum(1)
+        return self.proj(x).softmax(dim=-1)
 
 
-def test_lora_on_a_plain_linear_router():
+def test_logits_that_a_router_hides_are_those_of_the_adapter_too():
     torch.manual_seed(0)
-    model = lora(nn.Sequential(OwnBlock(), OwnBlock()), target_modules=["gate"])
-    mg.geometrize(model)
-    sites = mg.find_routers(model)
-    assert [site.name for site in sites] == ["0.gate", "1.gate"]
-    assert [len(find_experts(model, site).modules) for site in sites] == [4, 4]  # type: ignore[union-attr]
-    geometry = mg.attach(model, config=config(top_k=2))
+    model = lora(nn.Sequential(Scorer()), target_modules=["proj"])
+    (site,) = mg.find_routers(model, "0")
+    geometry = mg.attach(model, config=config(select="0", top_k=2, fisher=None))
     x = torch.randn(64, 8)
     model(x).square().mean().backward()
-    logits = x.double() @ effective(sites[0].adapter, sites[0].weight).T + sites[0].projection.bias.double()
+    logits = x.double() @ effective(site.adapter, site.weight).T + site.projection.bias.double()
     expected = fsi_of(logits.softmax(-1).mean(dim=0).detach())
-    assert geometry.metrics()["geometry/layer0/fsi"] == pytest.approx(expected, rel=1e-5)
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(expected, rel=1e-5)
     geometry.detach()
-    with pytest.raises(ValueError, match=r"router 0\.gate has an adapter \(LoRA\): it cannot become a cosine router"):
-        mg.geometrize(mg.export(model), "sphere", allow_change=True)
+    with pytest.raises(ValueError, match=r"router 0 has an adapter \(LoRA\): it cannot become a cosine router"):
+        mg.geometrize(model, "sphere", select="0", allow_change=True)
+
+
+def test_tokens_that_peft_puts_in_front_count_as_the_model_sees_them():
+    virtual = 5
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+    model = peft.get_peft_model(build("Mixtral"), prompts).train()
+    geometry = mg.attach(model, config=config())
+    run(model).square().mean().backward()
+    sums = geometry._watch.window.close(failed=False)
+    kept = batch(base_of(model))["attention_mask"]
+    assert float(sums.layers[geometry.layers[0]].tokens) == int(kept.sum()) + virtual * len(kept)
+    geometry.detach()
 
 
 # --- adapters on the experts ---
