@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-rescue test lint bench gpu wheel-test
+.PHONY: setup demo demo-rescue test test-transformers4 lint bench gpu wheel-test
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed  ## the environment of the tests, in .venv
@@ -28,6 +28,9 @@ demo-rescue: setup  ## a run that is made to collapse and is repaired, beside th
 
 test: setup  ## the quick suite
 	$(BIN)/python -m pytest
+
+test-transformers4: setup  ## the families of transformers 4.57, in a folder of its own (build/transformers4)
+	$(BIN)/python -m pytest -m slow tests/integrations/test_transformers4.py
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from .config import GeometryConfig
 from .control.controller import Event
 from .control.selection_bias import SelectionBiases
 from .control.wiring import control_loop, guard_of
+from .integrations.versions import warn_of_untested
 from .losses import Regularizers
 from .metrics.load import load_share
 from .metrics.summary import expert_scalars, flatten, model_scalars, short_names
@@ -23,6 +24,7 @@ from .observe.watch import Watch
 from .optim import NaturalRules, RouterSteps
 from .regularization import Regularization, RegularizerError, regularization_of, warn_of_own_loss
 from .routers.find import RouterSite, find_routers
+from .routers.tag import manifold_of
 
 if TYPE_CHECKING:
     from .control.loop import ControlLoop
@@ -92,6 +94,8 @@ class Geometry:
         self.config = config = config.for_routers(sites)
         if config.hooks:
             refuse_second_watch(sites)
+        if sites and not any(manifold_of(site.weight) for site in sites):  # geometrize has said it else
+            warn_of_untested(model, stacklevel=3)
         self._has_optimizer, self._attached, self._told_of_own_loss = bool(optimizers), True, False
         self._reduced: RoutingStatistics | None = None
         self._regularization = regularization_of(model, sites, config, trained=bool(optimizers))

@@ -18,7 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import moegeo_router as mg
@@ -27,6 +27,7 @@ from trainers.data.base import Data, LanguageData, VisionData
 from trainers.faults import Fault
 from trainers.loop import Interrupted, NonFiniteError
 from trainers.models.language import LanguageModel
+from trainers.models.routers import HashRouter
 from trainers.models.vision import VisionModel
 
 
@@ -89,6 +90,8 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
         raise ValueError(f"this model needs data of task {wanted}; {data.name} is of task {data.task}")
     factory: partial[nn.Module] = build(config, "model")
     router = build(config, "router")
+    if get_object(config.router._target_) is HashRouter:
+        router = partial(router, id_counts=_id_counts(config, data))
     prior = build(config, "prior") if config.get("prior") else None  # none.yaml is empty, old runs have no such group
     if vision:
         images: VisionData = data  # type: ignore[assignment]
@@ -96,6 +99,14 @@ def build_model(config: DictConfig, data: Data) -> nn.Module:
     text: LanguageData = data  # type: ignore[assignment]
     assert factory.func is LanguageModel
     return factory(text.vocab_size, router, prior)
+
+
+def _id_counts(config: DictConfig, data: Data) -> Tensor:
+    """Return how often a router meets each id: the tokens of a text, and equally often the positions of an image."""
+    if data.task == "vision":
+        _, height, width = data.image_shape  # type: ignore[attr-defined]
+        return torch.ones(max(1, (height // config.model.patch) * (width // config.model.patch)))
+    return data.token_counts()  # type: ignore[attr-defined]
 
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainers.data.base import Batch, Data
 from trainers.models.moe import ModelOutput
-from trainers.observation import RoutingRecord, over_layers
+from trainers.observation import RECOVERY, RoutingRecord, over_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,17 @@ class Evaluation:
     layers: dict[str, dict[str, float]]
 
     def scalars(self, per_layer: bool = False) -> dict[str, float]:
-        """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (``over_layers``)."""
+        """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (``over_layers``).
+
+        Where the domains are planted also ``valid/recovery`` and ``valid/recovery_ami``, means over the layers.
+        """
         flat = {"valid/loss": self.loss, "valid/accuracy": self.accuracy}
         if self.bits_per_byte is not None:
             flat["valid/bits_per_byte"] = self.bits_per_byte
         for name in next(iter(self.layers.values()), {}):
             values = [scalars[name] for scalars in self.layers.values()]
-            flat[f"valid/geometry/{name}"] = over_layers(name, values)
+            place = "valid" if name in RECOVERY else "valid/geometry"
+            flat[f"{place}/{name}"] = over_layers(name, values)
         if per_layer:
             flat |= {f"valid/domain/{domain}/loss": loss for domain, loss in self.domain_loss.items()}
             flat |= {
@@ -75,7 +79,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str = "fp32") -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Data, device: torch.device, precision: str = "fp32", *, routing: bool = True
+) -> Evaluation:
     """Evaluate ``model`` on the held-out batches of ``data``.
 
     Args:
@@ -83,6 +89,7 @@ def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str 
         data: where ``valid_batches`` come from.
         device: where the model is.
         precision: ``"fp32"``, ``"tf32"`` or ``"bf16"``.
+        routing: whether the routing is measured, too; without, there are no ``layers``.
 
     Raises:
         ValueError: the held-out split has no targets.
@@ -94,7 +101,8 @@ def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str 
             batch = cpu_batch.to(device)
             with autocast(precision, device):
                 output = model(batch.inputs)
-            record.add(output.routing, batch)
+            if routing:
+                record.add(output.routing, batch)
             losses.append(target_losses(output, batch)[batch.mask].cpu())
             correct.append((output.logits.argmax(dim=-1) == batch.targets)[batch.mask].cpu())
             domains.append(cpu_batch.domains[cpu_batch.mask])
@@ -112,5 +120,5 @@ def evaluate(model: nn.Module, data: Data, device: torch.device, precision: str 
             for index, name in enumerate(data.domains)
             if bool((domain_T == index).any())
         },
-        layers=record.layers(len(data.domains)),
+        layers=record.layers(len(data.domains), planted=getattr(data, "planted", False)),
     )

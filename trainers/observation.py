@@ -24,6 +24,9 @@ from moegeo_router.metrics import (
 from trainers.data.base import Batch
 from trainers.models.moe import Routing
 
+#: Of a layer's scalars, those that compare its routing with planted domains.
+RECOVERY = ("recovery", "recovery_ami")
+
 
 def token_values(values_B: Tensor, tokens: int) -> Tensor:
     """Repeat one value per position (B, L) or per image (B,) for each of the T tokens a layer saw."""
@@ -81,8 +84,10 @@ class RoutingRecord:
             self._domains[layer].append(token_values(batch.domains, tokens)[mask_T].cpu())
             self._documents[layer].append(token_values(batch.documents, tokens)[mask_T].cpu())
 
-    def layers(self, num_domains: int) -> dict[str, dict[str, float]]:
+    def layers(self, num_domains: int, *, planted: bool = False) -> dict[str, dict[str, float]]:
         """Return the scalars of every layer: those of ``routing_scalars``, and ``fsi_domain`` with its null.
+
+        Where the domains are ``planted``, the truth that a router can find, also those of ``recovery_scalars``.
 
         ``fsi_domain_null`` is the 95% quantile of 200 shuffles of the labels by document: what is above it is
         specialization on content.
@@ -93,7 +98,37 @@ class RoutingRecord:
             scalars = {name: float(value) for name, value in routing_scalars(p_TE, ids_TK).items()}
             domains_T, documents_T = torch.cat(self._domains[layer]), torch.cat(self._documents[layer])
             result[layer] = scalars | _domain_scalars(p_TE, domains_T, documents_T, num_domains)
+            if planted:
+                result[layer] |= recovery_scalars(ids_TK[:, 0], domains_T)
         return result
+
+
+def recovery_scalars(expert_T: Tensor, source_T: Tensor) -> dict[str, float]:
+    """Compare where tokens go with where they are from.
+
+    There are mostly more experts than sources, and a router that gives each source two experts of its own has found
+    them. So experts may share a source: each is named after the source that it sees most, which is the best of all
+    maps of experts to sources. With fewer experts than sources some sources have no expert, and that counts against
+    the router, as it does under a one-to-one assignment. (One to one, half of the tokens of such a router would be
+    wrong.) One expert for all tokens, and any routing without regard to the source, give the share of the largest
+    source, and a few tokens' chance above it; the adjusted mutual information is 0 there.
+
+    Args:
+        expert_T: each token's first choice: its most likely expert, unless a prior takes part in the choice.
+        source_T: its planted domain.
+
+    Returns:
+        ``recovery``, the share of tokens whose expert is named after their source, and ``recovery_ami``, the adjusted
+        mutual information of expert and source (1: they determine each other; splitting a source among experts costs).
+    """
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    counts_ES = torch.zeros(int(expert_T.max()) + 1, int(source_T.max()) + 1, dtype=torch.long)
+    counts_ES.index_put_((expert_T, source_T), torch.ones((), dtype=torch.long), accumulate=True)
+    return {
+        "recovery": float(counts_ES.amax(dim=1).sum() / len(expert_T)),
+        "recovery_ami": float(adjusted_mutual_info_score(source_T.numpy(), expert_T.numpy())),
+    }
 
 
 def _domain_scalars(p_TE: Tensor, domains_T: Tensor, documents_T: Tensor, num_domains: int) -> dict[str, float]:

@@ -32,8 +32,9 @@ def adamw(
         weight_decay: decoupled, on matrices only (no norms, biases, temperatures).
         routers: how ``attach`` is going to step the routers, whose group is then not decayed; None: like every matrix,
             what people do without geometry.
-        router_lr: peak learning rate of the routers; None: ``lr``. On polar and unit rows a Riemannian step turns a row
-            by ``√D`` times this (radians) while its gradients agree. Natural steps only follow the schedule.
+        router_lr: peak learning rate of the routers, of all their matrices where a router has several; None: ``lr``.
+            On polar and unit rows a Riemannian step turns a row by ``√D`` times this (radians) while its gradients
+            agree. Natural steps only follow the schedule.
 
     Raises:
         ValueError: a negative learning rate or decay; routers to be stepped along manifolds they are not on;
@@ -58,8 +59,8 @@ def adamw(
 def _router_weights(model: nn.Module, routers: Routers | None) -> list[nn.Parameter]:
     from moegeo_router.geometry import OrthonormalRows  # geoopt loads here, not at import
 
-    weights = list({id(site.weight): site.weight for site in find_routers(model)}.values())
-    manifolds = [manifold_of(weight) for weight in weights]
+    sites = find_routers(model)
+    manifolds = [manifold_of(site.weight) for site in sites]
     if routers is not None and None in manifolds:
         raise ValueError(
             f"optimizer={routers} needs routers on a manifold and this model has none: "
@@ -67,7 +68,8 @@ def _router_weights(model: nn.Module, routers: Routers | None) -> list[nn.Parame
         )
     if routers is None and any(isinstance(m, OrthonormalRows) for m in manifolds):
         raise ValueError("optimizer=adamw would take orthonormal rows off their manifold: take optimizer=riemannian")
-    return weights
+    matrices = [p for site in sites for p in site.module.parameters() if p.ndim >= 2]
+    return list({id(p): p for p in matrices}.values())
 
 
 def _require_non_negative(**options: float) -> None:

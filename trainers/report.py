@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainers.data.base import Baseline
 from trainers.evaluation import Evaluation
@@ -27,6 +27,7 @@ def print_report(
     tokens_per_second: float | None,
     how_to_open: list[str],
     heterogeneity: Mapping[str, float] | None = None,
+    probes: Sequence[str] = (),
 ) -> None:
     """Print the final table and where the logs are.
 
@@ -36,6 +37,7 @@ def print_report(
         tokens_per_second: median training throughput; None if nothing was trained.
         how_to_open: lines that say where the logs are and how to open them.
         heterogeneity: FHS of each layer in the last training steps (a validation has no gradients).
+        probes: a line for each, see ``trainers.probes``.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -52,7 +54,7 @@ def print_report(
         last = [f"{heterogeneity.get(layer, math.nan):.2f}"] if heterogeneity else []
         table.add_row(layer, *(_cell(key, scalars[key]) for _, key in COLUMNS), *last)
     console.print(table)
-    for line in _lines(evaluation, baseline, tokens_per_second):
+    for line in [*_lines(evaluation, baseline, tokens_per_second), *probes]:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         "FSI, dispersion and information are shares of their maximum; fsi_domain is in radians, its null the\n"
@@ -76,6 +78,11 @@ def _lines(evaluation: Evaluation, baseline: Baseline | None, tokens_per_second:
         f"validation loss {evaluation.loss:.4f} nats{bits}, accuracy {evaluation.accuracy:.1%}{beaten}",
         "by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in evaluation.domain_loss.items()),
     ]
+    if recovered := evaluation.scalars().get("valid/recovery"):
+        ami = evaluation.scalars()["valid/recovery_ami"]
+        lines.append(
+            f"{recovered:.1%} of the tokens at an expert of their source, adjusted mutual information {ami:.3f}"
+        )
     if tokens_per_second is not None:
         lines.append(f"training throughput {tokens_per_second:,.0f} tokens/s (median)")
     return lines

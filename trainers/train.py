@@ -19,6 +19,7 @@ from trainers import build, checkpoint
 from trainers.checkpoint import Checkpoint
 from trainers.data.base import Data, require_integer
 from trainers.loop import Trainer
+from trainers.probes import build_probes, evaluate_probes, probe_lines, probe_scalars
 from trainers.progress import for_terminal
 from trainers.report import print_report
 
@@ -39,6 +40,8 @@ FREE_KEYS = (
     # Where the data lie; what they are is in their fingerprint.
     "data.root",
     "data.path",
+    # A finished run can be asked for more of them.
+    "probes",
 )
 
 
@@ -66,6 +69,7 @@ def train(config: DictConfig) -> None:
     data: Data = build.build(config, "data")
     print(data.describe())
     baseline = data.baseline()  # before anything is written: it wants a train split, as the run does
+    probes = build_probes(config, data)
     model = build.build_model(config, data).to(device)
     optimizer = build.build_optimizer(config, model)
     geometry = build.build(config, "geometry")
@@ -101,7 +105,11 @@ def train(config: DictConfig) -> None:
             print(f"continuing {config.name} after step {saved.step}")
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{parameters:,} parameters, {loop.steps} steps, on {device}; run folder {directory}")
+        finished = trainer.step >= loop.steps
         evaluation = trainer.run(for_terminal(loop.steps, trainer.step))
+        probed = evaluate_probes(model, probes, device, loop.precision)
+        if probed and not finished:
+            logger.log(probe_scalars(probed), trainer.step)
         exit_code = 0
     finally:
         logger.close(exit_code)
@@ -112,6 +120,7 @@ def train(config: DictConfig) -> None:
         tokens_per_second=_median_speed(rows),
         how_to_open=how_to_open,
         heterogeneity=_last_heterogeneity(rows),
+        probes=probe_lines(probed),
     )
 
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry.simplex import widen
 from ..routers.find import RouterSite
+from ..routers.gating import ScoreFunction, routing_probabilities
 from ..routers.router import GeometricRouter
 
 
@@ -52,6 +54,8 @@ class LogitsFinder:
             outputs: the tensors that the router returned.
             inputs: what it was called with.
 
+        Where the router returns choices and gates only, they are computed, if they explain the gates.
+
         Raises:
             ValueError: no output could be logits, and they cannot be computed.
         """
@@ -60,9 +64,12 @@ class LogitsFinder:
         found = [t for t in outputs if t.is_floating_point() and t.ndim and t.shape[-1] == experts]
         if self._is_linear and found:
             return found[0]
-        if not found and projected is None:
-            shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in outputs) or "no tensor"
-            raise ValueError(f"router {self._site.name} returned no logits (..., {experts}): {shapes}")
+        if not found and projected is None and self._which is None:
+            with torch.no_grad():
+                computed = self._computed(inputs, None)
+                if computed is None or not _explained(outputs, computed):
+                    shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in outputs) or "no tensor"
+                    raise ValueError(f"router {self._site.name} returned no logits (..., {experts}): {shapes}")
         if self._which is None:
             with torch.no_grad():
                 self._which = self._choose(found, self._computed(inputs, projected))
@@ -93,7 +100,25 @@ class LogitsFinder:
         if x is None:
             return None
         bias = getattr(self._site.projection, "bias", None)
-        return F.linear(x, self._site.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(widen(x), widen(self._site.weight), None if bias is None else widen(bias))
+
+
+def _explained(outputs: Sequence[Tensor], computed: Tensor) -> bool:
+    """Whether a router that returns choices and gates makes these of the computed logits, up to a factor a token."""
+    z_TE = computed.reshape(-1, computed.shape[-1])
+    ids = [t for t in outputs if t.dtype in (torch.int64, torch.int32) and t.ndim == 2 and len(t) == len(z_TE)]
+    gates = [t for t in outputs if t.is_floating_point() and ids and t.shape == ids[0].shape]
+    if not gates or gates[0].shape[-1] < 2:
+        return False
+    if not len(z_TE):
+        return True
+    every: tuple[ScoreFunction, ...] = ("softmax", "sigmoid")
+    chosen = [routing_probabilities(z_TE, scores).gather(-1, ids[0].long()) for scores in every]
+    return any(float((_shares(p_TK) - _shares(gates[0].float())).abs().mean()) < 0.02 for p_TK in chosen)
+
+
+def _shares(values_TK: Tensor) -> Tensor:
+    return values_TK / values_TK.sum(dim=-1, keepdim=True)
 
 
 def _looks_like_scores(t: Tensor) -> bool:

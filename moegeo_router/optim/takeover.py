@@ -264,7 +264,9 @@ class RouterSteps:
         if not isinstance(stack.rule, NaturalRule) or all(parameter.grad is None for parameter in stack.parameters):
             return
         reasons = [self._unfit[name] for name in stack.names if name in self._unfit]
-        missing = [name for name, known in zip(stack.names, stack.rule.ready(), strict=True) if not known]
+        # A router without a gradient stays where it is: that of the images in a step of text needs no tokens.
+        each = zip(stack.names, stack.rule.ready(), stack.parameters, strict=False)
+        missing = [name for name, known, weight in each if not known and weight.grad is not None]
         if missing:
             seen = "were seen in training mode (record takes them as x=...)"
             reasons.append(f"no tokens of {', '.join(missing)} {seen}, which natural steps need")

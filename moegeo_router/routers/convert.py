@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..integrations.versions import warn_of_untested
 from .experts import refuse_sharded
 from .find import RouterSite, Select, find_routers
 from .router import GeometricRouter
-from .tag import changes_function, count_zero_rows, put_on_manifold, refuse_zero_rows, restore_tag, take_off_manifold
+from .tag import (
+    changes_function,
+    count_zero_rows,
+    manifold_of,
+    put_on_manifold,
+    refuse_zero_rows,
+    restore_tag,
+    take_off_manifold,
+)
 
 if TYPE_CHECKING:
     from ..geometry.rows import ManifoldName
@@ -52,6 +61,8 @@ def geometrize(
     sites = find_routers(model, select)
     refuse_sharded(model, sites)
     _check_convertible(sites, manifold, allow_change)
+    if not any(manifold_of(site.weight) for site in sites):
+        warn_of_untested(model, stacklevel=2)
     temperatures: dict[Tensor, nn.Parameter] = {}  # routers that share a weight share its temperature
     for site in sites:
         if manifold == "sphere" and type(site.module) is nn.Linear:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
@@ -42,9 +43,11 @@ class RouterFamily:
         projection: path of the linear layer inside of the router, where it is not its only one.
         scores: the score function, or what tells it from the router module.
         gates: what the gates multiply, the experts' ``"output"`` or their ``"input"``.
-        top_k: experts chosen per token, or the attribute of the router that says it: for routers that show logits only,
-            whose choices are then taken to be the k largest.
-        renormalize: for the same routers, whether the gates of a token's chosen experts sum to 1.
+        top_k: experts chosen per token, or the attribute of the router that says it (dots are followed): for routers
+            that show logits only, whose choices are then taken to be the k largest.
+        renormalize: for the same routers, whether the gates of a token's chosen experts sum to 1, or the attribute.
+        block: the class of the module around the router, or its name, for routers that are plain layers: it tells them
+            from others, and has the attributes.
         refused: why such routers cannot be served; None if they can.
 
     Raises:
@@ -61,24 +64,33 @@ class RouterFamily:
     scores: ScoreFunction | Callable[[nn.Module], ScoreFunction] = "softmax"
     gates: GatesScale = "output"
     top_k: int | str | None = None
-    renormalize: bool = True
+    renormalize: bool | str = True
+    block: type[nn.Module] | str | None = None
     refused: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.router, str | type):
-            raise ValueError(f"router must be a module class or its name, got {self.router!r:.80}")
+        for name, given in (("router", self.router), ("block", self.block)):
+            if not isinstance(given, str | type) and (name == "router" or given is not None):
+                raise ValueError(f"{name} must be a module class or its name, got {given!r:.80}")
         if not callable(self.scores):
             check_choice("scores", self.scores, get_args(ScoreFunction))
         check_choice("gates", self.gates, get_args(GatesScale))
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether a module is a router of this family."""
-        if isinstance(self.router, str):
-            return any(base.__name__ == self.router for base in type(module).__mro__)
-        return isinstance(module, self.router)
+    def matches(self, module: nn.Module, around: nn.Module | None = None) -> bool:
+        """Return whether a module is a router of this family.
 
-    def routing(self, module: nn.Module) -> Routing:
+        Args:
+            module: it.
+            around: the module that it is a child of.
+        """
+        return _is_a(module, self.router) and (self.block is None or _is_a(around, self.block))
+
+    def routing(self, module: nn.Module, around: nn.Module | None = None) -> Routing:
         """Return how a router of this family routes.
+
+        Args:
+            module: it.
+            around: the module that it is a child of.
 
         Raises:
             ValueError: such routers cannot be served, score by another function, or have no such attribute.
@@ -88,12 +100,29 @@ class RouterFamily:
         scores = self.scores if isinstance(self.scores, str) else self.scores(module)
         if scores not in get_args(ScoreFunction):
             raise ValueError(f"its scores are {scores}, neither softmax nor sigmoid")
-        top_k = self.top_k
-        if isinstance(top_k, str):
-            top_k = getattr(module, top_k, None)
-            if not isinstance(top_k, int):
-                raise ValueError(f"it has no whole number {self.top_k!r} for top_k")
-        return Routing(scores, self.gates, top_k, self.renormalize)
+        holder = module if self.block is None else around
+        top_k = _said_by(holder, "top_k", self.top_k, int, "whole number")
+        renormalize = _said_by(holder, "renormalize", self.renormalize, bool, "flag")
+        return Routing(scores, self.gates, top_k, renormalize)
+
+
+def _is_a(module: nn.Module | None, kind: type[nn.Module] | str) -> bool:
+    if isinstance(kind, str):
+        return any(base.__name__ == kind for base in type(module).__mro__)
+    return isinstance(module, kind)
+
+
+def _said_by(holder: nn.Module | None, name: str, value: Any, kind: type, called: str) -> Any:
+    """Return a value, or that of the attribute that it names."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = attrgetter(value)(holder)
+    except AttributeError:
+        found = None
+    if not isinstance(found, kind):
+        raise ValueError(f"it has no {called} {value!r} for {name}")
+    return found
 
 
 def common_routing(routings: Sequence[tuple[str, Routing]]) -> Routing:

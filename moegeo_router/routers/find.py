@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations import peft
-from ..integrations.families import known_family
+from ..integrations.families import known_block, known_family
 from .family import RouterFamily, Routing
 
 #: What selects routers: a pattern of qualified names, a module type, a module, a predicate, a family, or several.
@@ -105,12 +105,12 @@ def sites_of(model: nn.Module, select: Select = None) -> list[RouterSite]:
     for name, module in peft.modules_in_use(model):
         inside_chosen = any(name.startswith(f"{outer}." if outer else "") for outer, _ in chosen)
         if not inside_chosen and (
-            _looks_like_router(model, name, module) if select is None else _selected(select, name, module)
+            _looks_like_router(model, name, module) if select is None else _selected(model, select, name, module)
         ):
             chosen.append((name, module))
     if not chosen:
         raise ValueError(_nothing_found(model, select))
-    _check_every_selector(select, chosen)
+    _check_every_selector(model, select, chosen)
     families = [selector for selector in _selectors(select) if isinstance(selector, RouterFamily)]
     return [_site(model, name, module, families) for name, module in chosen]
 
@@ -122,11 +122,11 @@ def _selectors(select: Select) -> Iterator[Selector]:
         yield select
 
 
-def _selected(select: Select, name: str, module: nn.Module) -> bool:
-    return any(_matches(selector, name, module) for selector in _selectors(select))
+def _selected(model: nn.Module, select: Select, name: str, module: nn.Module) -> bool:
+    return any(_matches(model, selector, name, module) for selector in _selectors(select))
 
 
-def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+def _matches(model: nn.Module, selector: Selector, name: str, module: nn.Module) -> bool:
     if isinstance(selector, str):
         return fnmatchcase(name, selector)
     if isinstance(selector, type):
@@ -134,15 +134,19 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     if isinstance(selector, nn.Module):
         return module is peft.in_use(selector)
     if isinstance(selector, RouterFamily):
-        return selector.matches(module)
+        return selector.matches(module, _around(model, name))
     if callable(selector):
         return bool(selector(name, module))
     raise TypeError(f"select takes name patterns, module types, modules, predicates or families, got {selector!r}")
 
 
-def _check_every_selector(select: Select, chosen: list[tuple[str, nn.Module]]) -> None:
+def _around(model: nn.Module, name: str) -> nn.Module | None:
+    return peft.submodule(model, name.rpartition(".")[0]) if name else None
+
+
+def _check_every_selector(model: nn.Module, select: Select, chosen: list[tuple[str, nn.Module]]) -> None:
     for selector in _selectors(select):
-        if not any(_matches(selector, name, module) for name, module in chosen):
+        if not any(_matches(model, selector, name, module) for name, module in chosen):
             raise ValueError(f"select={selector!r} selects no router of this model")
 
 
@@ -186,9 +190,13 @@ def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | N
 
 
 def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[RouterFamily]) -> RouterSite:
-    family = next((family for family in families if family.matches(module)), known_family(module))
+    around = _around(model, name)
+    family = next((family for family in families if family.matches(module, around)), known_family(module))
+    if family is None and around is not None:
+        counts = _expert_counts(around)  # a gate of shared experts is no router
+        family = known_block(module, around) if not counts or getattr(module, "out_features", 0) in counts else None
     try:
-        routing = Routing() if family is None else family.routing(module)
+        routing = Routing() if family is None else family.routing(module, around)
     except ValueError as error:
         raise ValueError(f"router {name} ({type(module).__name__}) cannot be served: {error}") from None
     projection = _named_projection(name, module, family) or _projection(model, name, module)

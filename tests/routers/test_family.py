@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import moegeo_router as mg
-from moegeo_router.integrations.families import FAMILIES, known_family
+from moegeo_router.integrations.families import BLOCKS, FAMILIES, known_block, known_family
 from moegeo_router.routers.family import Routing, common_routing
 
 D, E, K = 8, 4, 2
@@ -159,3 +159,69 @@ def test_the_table_of_known_families_has_each_once():
     assert known_family(nn.Linear(D, E)) is None
     derived = type("Derived", (type("Llama4Router", (nn.Linear,), {}),), {})(D, E)
     assert known_family(derived).gates == "input"
+
+
+class PlainBlock(nn.Module):
+    """A plain gate, as in transformers 4: what it does is said by the block. Beside it the gate of a shared expert."""
+
+    def __init__(self, k: object = K) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"chosen": k})()
+        self.norm = False
+        self.gate, self.shared_expert_gate = nn.Linear(D, E), nn.Linear(D, 1)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, ids = self.gate(x).softmax(-1).topk(self.config.chosen)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return x + (gates[..., None] * outputs.gather(1, ids[..., None].expand(*ids.shape, D))).sum(1)
+
+
+BY_BLOCK = mg.RouterFamily(router="Linear", block=PlainBlock, top_k="config.chosen", renormalize="norm")
+
+
+def test_a_block_says_what_its_plain_gate_does():
+    model, x = nn.Sequential(PlainBlock()), torch.randn(32, D)
+    (site,) = mg.find_routers(model, ["*.gate"])
+    assert site.routing == Routing()
+    select = ["0.gate", BY_BLOCK]
+    site = mg.find_routers(model, select)[0]
+    assert (site.name, site.routing) == ("0.gate", Routing("softmax", "output", K, False))
+    model[0].norm = True
+    assert mg.find_routers(model, select)[0].routing.renormalize is True
+    ids = model[0].gate(x).topk(K).indices
+    load = ids.flatten().bincount(minlength=E) / ids.numel()
+    config = mg.GeometryConfig(top_k=mg.find_routers(model, select)[0].routing.top_k, per_expert=True)
+    geometry = mg.attach(model, config=config)
+    model(x).square().mean().backward()
+    found = geometry.metrics()
+    assert [found[f"geometry/layer0/load/{e}"] for e in range(E)] == pytest.approx(load.tolist())
+
+
+def test_a_family_by_block_is_of_that_block_alone():
+    linear, block = nn.Linear(D, E), PlainBlock()
+    assert BY_BLOCK.matches(linear, block)
+    assert not BY_BLOCK.matches(linear, Block())
+    assert not BY_BLOCK.matches(linear)
+    assert not BY_BLOCK.matches(nn.Identity(), block)
+    assert mg.RouterFamily(router=nn.Linear, block="PlainBlock").matches(linear, block)
+    with pytest.raises(ValueError, match="block must be a module class or its name, got 3"):
+        mg.RouterFamily(router="Linear", block=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"router 0\.gate \(Linear\) cannot be served: it has no whole number 'config"):
+        mg.find_routers(nn.Sequential(PlainBlock("two")), ["0.gate", BY_BLOCK])
+    wrong = mg.RouterFamily(router="Linear", block=PlainBlock, renormalize="config.chosen")
+    with pytest.raises(ValueError, match=r"it has no flag 'config\.chosen' for renormalize"):
+        mg.find_routers(nn.Sequential(PlainBlock()), ["0.gate", wrong])
+
+
+def test_known_blocks_speak_for_their_router_and_not_for_other_gates():
+    kind = type("MixtralSparseMoeBlock", (PlainBlock,), {})
+    block = kind()
+    block.top_k = 3
+    model = nn.Sequential(block)
+    assert mg.find_routers(model)[0].routing.top_k == 3
+    assert [site.name for site in mg.find_routers(model)] == ["0.gate"]
+    shared, gate = mg.find_routers(model, ["0.shared_expert_gate", "0.gate"])[::-1]
+    assert (shared.name, shared.routing.top_k, gate.routing.top_k) == ("0.shared_expert_gate", None, 3)
+    assert known_block(nn.Identity(), block) is None
+    assert len({family.block for family in BLOCKS}) == len(BLOCKS)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tiny_transformers import WIDTH, Tiny
+from .tiny_families import WIDTH, Tiny
 
 _LEAVES = {"gate", "router", "wg"}
 

@@ -20,6 +20,7 @@ from trainers import build
 from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig
 from trainers.models import LanguageModel
+from trainers.models.routers import CosineRouter, FrozenRouter, HashRouter
 from trainers.train import FREE_KEYS
 
 #: Small, so that a test may load them; the sets that must be downloaded are not here.
@@ -34,10 +35,14 @@ DOWNLOADED = {"enwiki", "wikitext2", "multidomain", "fashion_mnist", "cifar10"}
 #: Not a file of its own choice: what the caller of a partial target gives.
 GIVEN = {
     "model": {"vocab_size", "num_classes", "image_shape", "router", "prior"},
-    "router": {"in_features", "num_experts", "out_features", "prior", "device", "dtype"},
+    "router": {"in_features", "num_experts", "out_features", "prior", "device", "dtype", "id_counts"},
     "optimizer": {"model"},
     "prior": {"num_experts", "device"},
 }
+
+
+#: Routers on no manifold.
+PLAIN = {"linear": nn.Linear, "cosine": CosineRouter, "frozen": FrozenRouter, "hash": HashRouter}
 
 
 def _choices(group: str) -> list[str]:
@@ -53,7 +58,8 @@ def _model(router: str) -> LanguageModel:
 
 def test_the_groups_are_all_covered():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
-        *("controller", "data", "experiment", "fault", "geometry", "logger", "model", "optimizer", "prior", "router")
+        *("controller", "data", "experiment", "fault", "geometry", "logger", "model"),
+        *("optimizer", "prior", "probes", "router"),
     }
     assert set(_choices("data")) == set(SMALL) | DOWNLOADED | {"folder"}
 
@@ -95,7 +101,8 @@ def test_geometry_has_every_key_and_the_defaults_of_its_classes():
     assert set(geometry.regularizers) - {"_target_"} == set(mg.Regularizers.__dataclass_fields__)
     assert set(geometry.natural) - {"_target_"} == set(mg.NaturalConfig.__dataclass_fields__)
     built = build.build(configuration(), "geometry")
-    assert replace(built, regularizers=None, pictures_every=0) == mg.GeometryConfig(controller="act")
+    expected = mg.GeometryConfig(controller="act", scores="softmax")
+    assert replace(built, regularizers=None, pictures_every=0) == expected
     assert built.control == mg.ControlConfig()
     assert set(geometry.control) - {"_target_", "_convert_"} == set(mg.ControlConfig.__dataclass_fields__)
     assert built.regularizers == mg.Regularizers()
@@ -142,7 +149,7 @@ def test_mistakes_in_it_are_told(override, message):
 def test_free_keys_are_keys():
     keys = set(
         _flat(build.plain(configuration("data=enwiki")))
-        + _flat(build.plain(configuration("data=folder", "data.path=x")))
+        + _flat(build.plain(configuration("data=folder", "data.path=x", "probes=[noise10]")))
     )
     assert all(any(f"{key}.".startswith(f"{free}.") for key in keys) for free in FREE_KEYS)
 
@@ -159,11 +166,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("optimizer", _choices("optimizer"))
 def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimizer):
     model, config = _model(router), configuration(f"router={router}", f"optimizer={optimizer}")
-    refused = {
-        ("linear", "riemannian"): "take router=polar, or optimizer=adamw",
-        ("linear", "natural"): "take router=polar, or optimizer=adamw",
-        ("orthonormal", "adamw"): "off their manifold: take optimizer=riemannian",
-    }
+    refused = {("orthonormal", "adamw"): "off their manifold: take optimizer=riemannian"}
+    for plain in PLAIN:
+        for manifold in ("riemannian", "natural"):
+            refused[plain, manifold] = "take router=polar, or optimizer=adamw"
     if (router, optimizer) in refused:
         with pytest.raises(ValueError, match=refused[router, optimizer]):
             build.build_optimizer(config, model)
@@ -171,9 +177,9 @@ def test_every_router_goes_with_every_optimizer_or_says_why_not(router, optimize
     held = [p for group in build.build_optimizer(config, model).param_groups for p in group["params"]]
     assert len(held) == len(list(model.parameters()))
     assert model(torch.zeros(1, 8, dtype=torch.long)).logits.isfinite().all()
-    kind = type(model.trunk.blocks[0].ffn.router)
-    assert (kind is nn.Linear) == (router == "linear")
-    assert getattr(model.trunk.blocks[0].ffn.router, "manifold", "linear") == router
+    built = model.trunk.blocks[0].ffn.router
+    assert type(built) is PLAIN.get(router, mg.GeometricRouter)
+    assert getattr(built, "manifold", router) == router
 
 
 @pytest.mark.parametrize("data", _choices("data"))

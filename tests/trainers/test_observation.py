@@ -1,16 +1,28 @@
 """What a run reports of its routing, against values derived by hand."""
 
 import functools
+import itertools
 import math
 
 import pytest
 import torch
+from sklearn import metrics
 from torch import Tensor, nn
 
 from trainers.data.base import Batch
+from trainers.data.planted import PlantedImages, PlantedText
+from trainers.data.vision import digits
+from trainers.evaluation import Evaluation
 from trainers.models import VisionModel
 from trainers.models.moe import Routing
-from trainers.observation import RoutingRecord, over_layers, routing_scalars, token_values
+from trainers.observation import (
+    RECOVERY,
+    RoutingRecord,
+    over_layers,
+    recovery_scalars,
+    routing_scalars,
+    token_values,
+)
 
 EYE = torch.eye(4)
 
@@ -136,3 +148,79 @@ def test_a_record_of_batches_is_that_of_their_unmasked_tokens():
         overlap = float((of_domain.mean(0).double() * mean.double()).sqrt().sum())
         expected += len(of_domain) / len(kept) * 2 * math.acos(overlap)
     assert found["fsi_domain"] == pytest.approx(expected, rel=1e-3)
+
+
+# --- planted sources --------------------------------------------------------------------------------------------------
+
+
+def _best_map(experts: list[int], sources: list[int]) -> float:
+    """By trying every map of experts to sources."""
+    names = range(max(sources) + 1)
+    maps = itertools.product(names, repeat=max(experts) + 1)
+    return max(sum(m[e] == s for e, s in zip(experts, sources, strict=True)) for m in maps) / len(experts)
+
+
+@pytest.mark.parametrize("experts", [2, 4, 6])
+def test_recovery_is_the_best_map_of_experts_to_sources(experts):
+    source = torch.Generator().manual_seed(experts)
+    e, s = torch.randint(experts, (60,), generator=source), torch.randint(3, (60,), generator=source)
+    found = recovery_scalars(e, s)
+    assert found["recovery"] == pytest.approx(_best_map(e.tolist(), s.tolist()))
+    assert found["recovery_ami"] == pytest.approx(metrics.adjusted_mutual_info_score(s, e))
+
+
+def test_what_recovery_reads_where_the_answer_is_known():
+    sources = torch.arange(4).repeat_interleave(100)
+    renamed = torch.tensor([2, 3, 0, 1])[sources]
+    assert recovery_scalars(renamed, sources) == pytest.approx({"recovery": 1, "recovery_ami": 1})
+    two_each = 2 * sources + torch.arange(400) % 2  # one to one would be half of it
+    found = recovery_scalars(two_each, sources)
+    assert found["recovery"] == 1
+    assert 0.6 < found["recovery_ami"] < 0.9
+    collapsed = recovery_scalars(torch.full((400,), 5), sources)
+    assert collapsed == pytest.approx({"recovery": 0.25, "recovery_ami": 0}, abs=1e-9)
+    chance = recovery_scalars(torch.arange(400) % 8, sources)  # every expert sees every source alike
+    assert chance["recovery"] == pytest.approx(0.25, abs=0.01)
+    assert abs(chance["recovery_ami"]) < 0.02
+    two_of_four = recovery_scalars(sources // 2, sources)  # fewer experts than sources
+    assert two_of_four["recovery"] == 0.5
+
+
+def test_recovery_is_measured_where_domains_are_planted_alone():
+    routing = Routing(
+        logits=EYE.repeat(2, 1).log(),
+        probs=EYE.repeat(2, 1),
+        ids=torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]] * 2),
+        weights=torch.ones(8, 2),
+    )
+    zeros = torch.zeros(2, 4, dtype=torch.long)
+    batch = Batch(
+        inputs=zeros,
+        targets=zeros,
+        mask=torch.tensor([[True] * 4, [False] * 4]),
+        domains=torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]),
+        documents=zeros,
+    )
+    record = RoutingRecord()
+    record.add({"layer0": routing}, batch)
+    assert not set(RECOVERY) & set(record.layers(2)["layer0"])
+    planted = record.layers(2, planted=True)["layer0"]
+    assert planted["recovery"] == 1  # of the four tokens that count, by their first choices
+
+
+def test_results_have_the_recovery_of_planted_data_under_keys_of_their_own():
+    found = Evaluation(
+        loss=1.0,
+        bits_per_byte=None,
+        accuracy=0.5,
+        domain_loss={},
+        layers={"layer0": {"fsi": 0.5, "recovery": 0.25}, "layer1": {"fsi": 0.5, "recovery": 0.75}},
+    ).scalars(per_layer=True)
+    assert found["valid/recovery"] == 0.5
+    assert found["valid/geometry/layer1/recovery"] == 0.75
+    assert "valid/geometry/recovery" not in found
+
+
+@pytest.mark.parametrize("data", [PlantedText(documents=40, length=32), PlantedImages(images=100), digits()])
+def test_which_domains_are_the_truth(data):
+    assert getattr(data, "planted", False) == (data.name != "digits")

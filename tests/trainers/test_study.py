@@ -1,5 +1,6 @@
 """Studies: the numbers of a run, the rows file, worker processes that die, and the statistics."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,15 @@ from trainers.studies.intervals import mean_interval, paired_difference, share_i
 from trainers.studies.origin import commit
 from trainers.studies.rows import RowsFile, changed_settings, read_rows
 from trainers.studies.runner import Study, run_study
-from trainers.studies.runs import DataCache, StudyError, configurations, train_run, training_results
+from trainers.studies.runs import (
+    CURVE_POINTS,
+    DataCache,
+    StudyError,
+    configurations,
+    train_run,
+    training_curve,
+    training_results,
+)
 from trainers.studies.workers import READY, _WhileParentLives, work
 from trainers.train import train
 
@@ -92,9 +101,10 @@ def test_a_run_is_that_of_the_trainer_and_always_the_same(config, tmp_path, caps
     assert (first["status"], first["reason"], first["warnings"]) == ("done", None, [])
     torch.randn(7)
     second = train_run(config, tmp_path / "second", cache)  # its data are there already
-    clock = "train/tokens_per_second"
-    assert first["results"].pop(clock) != second["results"].pop(clock)
+    for clock in ("train/tokens_per_second", "train/step_ms"):
+        assert first["results"].pop(clock) != second["results"].pop(clock)
     assert first["results"] == second["results"]
+    assert first["curve"] == second["curve"]
 
     train(tiny(tmp_path / "run", "data.seed=0", "geometry.per_layer=true"))
     log = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -115,6 +125,7 @@ def test_a_diverging_run_says_where_and_keeps_its_training(config, tmp_path):
     assert "NaN or inf" in found["reason"]
     assert str(tmp_path) not in found["reason"]
     assert 0 < found["results"]["train/steps"] < 12
+    assert found["curve"]["steps"][-1] == found["results"]["train/steps"]
     json.dumps(found, allow_nan=False)
 
 
@@ -153,6 +164,42 @@ def test_training_numbers_come_from_the_last_steps_and_all_layers():
     assert found["train/mean/geometry/movement"] == 19.5
     assert "train/mean/geometry/limited" not in found
     assert training_results([]) == {"train/steps": 0}
+    assert not {"train/step_ms", "train/tokens_seen"} & found.keys()
+    timed = [rows[0] | {"train/tokens": 50.0, "train/tokens_per_second": speed} for speed in (1, 5, 25)]
+    found = training_results(timed)
+    assert (found["train/step_ms"], found["train/tokens_seen"]) == (10_000, 150)
+
+
+def test_a_curve_has_the_means_since_the_point_before():
+    rows = [
+        {"train/loss": float(step), "train/tokens": 10.0, "geometry/max_violation": 2.0 * step}
+        | ({"geometry/dispersion_1": 0.5} if step else {})
+        for step in range(7)
+    ]
+    found = training_curve([*rows[:3], {"valid/loss": 99.0}, *rows[3:]])
+    assert found["steps"] == list(range(1, 8))
+    assert found["tokens"] == [10 * step for step in range(1, 8)]
+    assert found["loss"] == [float(step) for step in range(7)]
+    assert found["max_violation"] == [2.0 * step for step in range(7)]
+    assert found["dispersion"] == [None, *[0.5] * 6]
+    assert found["dead_fraction"] == [None] * 7
+    assert training_curve([{"valid/loss": 1.0}]) == {}
+
+
+@pytest.mark.parametrize("steps", [100, 250, 1037])
+def test_a_curve_has_a_hundred_points_that_hold_every_step_once(steps):
+    source = torch.Generator().manual_seed(0)
+    loss, tokens = torch.rand(steps, generator=source), torch.randint(100, (steps,), generator=source)
+    rows = zip(loss.tolist(), tokens.tolist(), strict=True)
+    found = training_curve([{"train/loss": a, "train/tokens": b} for a, b in rows])
+    assert {len(column) for column in found.values()} == {CURVE_POINTS}
+    assert found["tokens"][-1] == int(tokens.sum())
+    sizes = [b - a for a, b in itertools.pairwise([0, *found["steps"]])]
+    assert max(sizes) - min(sizes) <= 1
+    weighed = sum(size * mean for size, mean in zip(sizes, found["loss"], strict=True)) / steps
+    assert weighed == pytest.approx(float(loss.mean()), abs=1e-5)
+    middle = found["steps"][42]
+    assert found["tokens"][42] == int(tokens[:middle].sum())
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,10 @@ class LanguageData(Data, Protocol):
     bytes_per_token: float
     tokenizer_json: str | None
 
+    def token_counts(self) -> Tensor:
+        """How often each token occurs in the train split, (V,); ones where there is none."""
+        ...
+
 
 class VisionData(Data, Protocol):
     """Data of task "vision"; ``image_shape`` is (C, H, W)."""

@@ -86,10 +86,36 @@ class ImageData:
         parts = (tensor for split in (train, valid) for tensor in (split.pixels, split.classes, split.domains))
         self.fingerprint = fingerprint([*domains, str(num_classes), *parts])
 
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The least and the largest pixel of the train split."""
+        return float(self._train.pixels.min()), float(self._train.pixels.max())
+
+    def standardised(self, pixels: Tensor) -> Tensor:
+        """What a model sees of pixels (B, C, H, W).
+
+        Args:
+            pixels: as the set has them.
+
+        Returns:
+            float32.
+        """
+        return (pixels.float() - self._mean_C[:, None, None]) / self._std_C[:, None, None]
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """The inverse of ``standardised``, up to rounding.
+
+        Args:
+            inputs: (B, C, H, W) of a batch.
+
+        Returns:
+            float32 pixels.
+        """
+        return inputs * self._std_C[:, None, None] + self._mean_C[:, None, None]
+
     def _batch(self, images: Images, index_B: Tensor, mask_B: Tensor) -> Batch:
-        mean, std = self._mean_C[:, None, None], self._std_C[:, None, None]
         return Batch(
-            inputs=(images.pixels[index_B].float() - mean) / std * mask_B[:, None, None, None],
+            inputs=self.standardised(images.pixels[index_B]) * mask_B[:, None, None, None],
             targets=images.classes[index_B] * mask_B,
             mask=mask_B,
             domains=images.domains[index_B] * mask_B,

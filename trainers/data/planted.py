@@ -48,6 +48,8 @@ class PlantedText(TokenData):
         ValueError: if an option is out of range.
     """
 
+    planted = True
+
     def __init__(
         self,
         *,
@@ -188,6 +190,8 @@ class PlantedImages(ImageData):
     Raises:
         ValueError: if an option is out of range.
     """
+
+    planted = True
 
     def __init__(
         self,

@@ -218,6 +218,16 @@ class TokenData:
             padding = torch.full((self.batch_size - len(first),), len(self._valid) - 1)
             yield self._valid.windows(torch.cat([first, padding]), self.length)
 
+    def token_counts(self) -> Tensor:
+        """How often each token occurs in the train split.
+
+        Returns:
+            (V,) int64; ones where there is no train split.
+        """
+        if self._train is None:
+            return torch.ones(self.vocab_size, dtype=torch.long)
+        return torch.bincount(self._train.tokens, minlength=self.vocab_size)
+
     def baseline(self) -> Baseline:
         """The add-α bigram model fitted on train, on exactly the targets of ``valid_batches`` (see ``bigram_loss``).
 

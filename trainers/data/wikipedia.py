@@ -102,17 +102,40 @@ def wikitext2(
         ValueError: if no root is given, the file is damaged, or an option is out of range.
         FileNotFoundError: if the file is missing.
     """
-    require_split(split)
-    lines = xz_lines(data_file(root, f"wikitext-2/wiki.{split}.tokens.xz"))
-    return TextData(
+    return to_evaluate_on(
         "wikitext2",
-        None,
-        wikitext_articles(list(lines)),
+        root=root,
+        split=split,
         batch_size=batch_size,
         length=length,
         valid_tokens=valid_tokens,
         tokenizer=tokenizer,
     )
+
+
+def to_evaluate_on(name: str, *, root: str | None, split: str, **text: Unpack[TextOptions]) -> TextData:
+    """A held-out split alone.
+
+    Args:
+        name: "wikitext2" or "enwiki".
+        root: folder of the data sets; None reads MOEGEO_DATA.
+        split: "valid" or "test".
+        **text: the options of ``TextData``.
+
+    Returns:
+        The data set, of one domain, without a train split: train_batch and baseline raise.
+
+    Raises:
+        ValueError: if the name is unknown, no root is given, the file is damaged, or an option is out of range.
+        FileNotFoundError: if the file is missing.
+    """
+    require_split(split)
+    if name == "enwiki":
+        return TextData(name, None, articles(root, split), **text)
+    if name != "wikitext2":
+        raise ValueError(f"name: expected 'wikitext2' or 'enwiki', got {name!r}")
+    lines = xz_lines(data_file(root, f"wikitext-2/wiki.{split}.tokens.xz"))
+    return TextData(name, None, wikitext_articles(list(lines)), **text)
 
 
 def wikitext_articles(lines: list[str]) -> Iterator[Document]:

@@ -91,6 +91,6 @@ class LanguageModel(nn.Module):
         """
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] > self.length:
             raise ValueError(f"tokens must be (B, L) with L at most {self.length}, got {tuple(tokens_BL.shape)}")
-        x_BLD, routing = self.trunk(self.embedding(tokens_BL))
+        x_BLD, routing = self.trunk(self.embedding(tokens_BL), tokens_BL)
         head_VD = self.embedding.weight if self.head is None else self.head.weight
         return ModelOutput(logits=F.linear(x_BLD, head_VD), routing=routing)

@@ -14,7 +14,10 @@ from moegeo_router.routers.prior import Selection
 from trainers.models.experts import SwiGLUExperts
 
 RouterFactory = Callable[[int, int], nn.Module]
-"""(in_features, num_experts) -> module called like nn.Linear; e.g. ``functools.partial(nn.Linear, bias=False)``"""
+"""(in_features, num_experts) -> module called like nn.Linear; e.g. ``functools.partial(nn.Linear, bias=False)``
+
+A module with a true attribute ``needs_ids`` is called with the tokens' ids as well.
+"""
 
 Prior = ExpertPrior | SignBias
 
@@ -101,22 +104,24 @@ class MoELayer(nn.Module):
         if prior is not None:
             self._add_prior(prior(num_experts))
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BLD: Tensor, ids_BL: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Apply the layer.
 
         Args:
             x_BLD: (..., D), any leading dimensions, of which the product is T; T = 0 and strided inputs work.
+            ids_BL: (...) int64 id of each token, for routers that need it.
 
         Returns:
             The output in x's shape and dtype, and what the router did.
 
         Raises:
-            ValueError: a last dimension other than D, or a router that does not return (T, E).
+            ValueError: a last dimension other than D, no ids for a router that needs them, or a router that does not
+                return (T, E).
         """
         if x_BLD.shape[-1] != self.dim:
             raise ValueError(f"x must have width {self.dim} in its last dimension, got {tuple(x_BLD.shape)}")
         x_TD = x_BLD.reshape(-1, self.dim)
-        logits_TE = self.router(x_TD)
+        logits_TE = self._logits(x_TD, ids_BL)
         expected = (x_TD.shape[0], self.num_experts)
         if logits_TE.shape != expected:
             raise ValueError(f"router must return logits {expected}, got {tuple(logits_TE.shape)}")
@@ -125,6 +130,13 @@ class MoELayer(nn.Module):
         y_TD = self.experts(x_TD, gating.weights, gating.ids)
         routing = Routing(logits=logits_TE, probs=gating.probs, ids=gating.ids, weights=gating.weights)
         return y_TD.view(x_BLD.shape), routing
+
+    def _logits(self, x_TD: Tensor, ids_BL: Tensor | None) -> Tensor:
+        if not getattr(self.router, "needs_ids", False):
+            return self.router(x_TD)
+        if ids_BL is None or ids_BL.numel() != len(x_TD):
+            raise ValueError(f"{type(self.router).__name__} needs the ids of the {len(x_TD)} tokens")
+        return self.router(x_TD, ids_BL.reshape(-1))
 
     def _add_prior(self, prior: Prior) -> None:
         if prior.where == "selection":

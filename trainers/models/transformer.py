@@ -142,13 +142,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.ffn = ffn
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BLD: Tensor, ids_BL: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """Apply the block; returns (B, L, D) and the routing, None for a dense feed-forward layer."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        y_BLD = self.ffn(self.ffn_norm(x_BLD))
-        routing = None
-        if isinstance(self.ffn, MoELayer):
-            y_BLD, routing = y_BLD
+        normed_BLD = self.ffn_norm(x_BLD)
+        if not isinstance(self.ffn, MoELayer):
+            return x_BLD + self.ffn(normed_BLD), None
+        y_BLD, routing = self.ffn(normed_BLD, ids_BL)
         return x_BLD + y_BLD, routing
 
 
@@ -208,11 +208,16 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self._initialize(initial_std(dim))
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, dict[str, Routing]]:
-        """Apply all blocks; returns (B, L, D) and the routing of the MoE layers by name."""
+    def forward(self, x_BLD: Tensor, ids_BL: Tensor | None = None) -> tuple[Tensor, dict[str, Routing]]:
+        """Apply all blocks; returns (B, L, D) and the routing of the MoE layers by name.
+
+        Args:
+            x_BLD: (B, L, D).
+            ids_BL: (B, L) int64, what routers that need ids are given.
+        """
         routing: dict[str, Routing] = {}
         for layer, block in enumerate(self.blocks):
-            x_BLD, routed = block(x_BLD)
+            x_BLD, routed = block(x_BLD, ids_BL)
             if routed is not None:
                 routing[f"layer{layer}"] = routed
         return self.norm(x_BLD), routing

@@ -105,5 +105,6 @@ class VisionModel(nn.Module):
         if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != self.image_shape:
             raise ValueError(f"images must be (B, *{self.image_shape}), got {tuple(images_BCHW.shape)}")
         patches = rearrange(images_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        x_BND, routing = self.trunk(self.patch_embedding(patches) + self.positions_ND)
+        position_BN = torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[:2])
+        x_BND, routing = self.trunk(self.patch_embedding(patches) + self.positions_ND, position_BN)
         return ModelOutput(logits=self.head(x_BND.mean(dim=1)), routing=routing)

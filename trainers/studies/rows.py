@@ -12,9 +12,12 @@ from types import TracebackType
 from typing import Any
 
 from trainers.studies.runs import StudyError
-from trainers.train import FREE_KEYS
+from trainers.train import FREE_KEYS as RUNS_FREE_KEYS
 
 Row = dict[str, Any]
+
+#: What may differ between a run and its row; a row without a probe that is asked for is not complete.
+FREE_KEYS = tuple(key for key in RUNS_FREE_KEYS if key != "probes")
 
 
 def read_rows(path: Path) -> list[Row]:

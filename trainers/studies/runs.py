@@ -25,8 +25,8 @@ from moegeo_router.loggers import NullLogger
 from moegeo_router.loggers.base import Level
 from trainers import build
 from trainers.data.base import Data
-from trainers.evaluation import Evaluation
 from trainers.loop import Interrupted, NonFiniteError, Trainer
+from trainers.probes import build_probes, evaluate_probes, probe_scalars
 from trainers.progress import Progress, Silent
 from trainers.studies.setpoints import largest_weights
 
@@ -47,6 +47,17 @@ BASE = (
 
 #: Steps at the end of a run that its training numbers are the mean of.
 LAST_STEPS = 20
+
+#: Points of a run's curve, at most.
+CURVE_POINTS = 100
+
+#: Columns of a curve, and the scalars of the log that they are means of.
+CURVE = {
+    "loss": "train/loss",
+    "max_violation": "geometry/max_violation",
+    "dead_fraction": "geometry/dead_fraction",
+    "dispersion": "geometry/dispersion_1",
+}
 
 #: Scalars whose mean over the whole training is kept, where the log has them.
 OVER_TRAINING = ("geometry/movement", "geometry/movement_next", "geometry/limited")
@@ -77,6 +88,7 @@ class Outcome(TypedDict):
     status: Literal["done", "diverged", "failed"]
     reason: str | None
     results: dict[str, float | None]
+    curve: dict[str, list[float | None]]
     events: list[dict[str, Any]]
     warnings: list[str]
     data: str | None
@@ -168,8 +180,8 @@ def train_run(config: Mapping[str, Any], directory: Path, data: DataCache, progr
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            evaluation = _trained(OmegaConf.create(dict(config)), directory, data, logger, progress, outcome)
-            outcome["results"] = {**evaluation.scalars(per_layer=True), **_of_training(logger)}
+            validation = _trained(OmegaConf.create(dict(config)), directory, data, logger, progress, outcome)
+            outcome["results"] = {**validation, **_of_training(logger)}
         except Interrupted:
             raise
         except NonFiniteError as error:
@@ -180,6 +192,7 @@ def train_run(config: Mapping[str, Any], directory: Path, data: DataCache, progr
                 raise
             outcome["status"], outcome["reason"] = "failed", _reason(error, directory)
     outcome["results"] = {name: compact(value) for name, value in outcome["results"].items()}
+    outcome["curve"] = training_curve(logger.rows)
     outcome["events"] = logger.events
     outcome["warnings"] = _said(caught)
     outcome["seconds"] = round(time.perf_counter() - began, 2)
@@ -197,6 +210,7 @@ def _begun() -> Outcome:
         "status": "done",
         "reason": None,
         "results": {},
+        "curve": {},
         "events": [],
         "warnings": [],
         "data": None,
@@ -219,11 +233,12 @@ def _trained(
     logger: MemoryLogger,
     progress: Progress | None,
     outcome: Outcome,
-) -> Evaluation:
+) -> dict[str, float]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = cache.get(config)
     outcome["data"] = f"{data.name} {data.fingerprint[:16]}"
+    probes = build_probes(config, data)
     device = build.build_device(config.device)
     torch.manual_seed(config.seed)  # after the data, which may or may not have been built in this run
     model = build.build_model(config, data).to(device)
@@ -241,7 +256,8 @@ def _trained(
     evaluation = trainer.run(progress or Silent())
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the validation loss is {evaluation.loss}")
-    return evaluation
+    probed = evaluate_probes(model, probes, device, config.loop.precision)
+    return evaluation.scalars(per_layer=True) | probe_scalars(probed)
 
 
 def _of_training(logger: MemoryLogger) -> dict[str, float]:
@@ -257,8 +273,9 @@ def training_results(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     Returns:
         ``train/steps``; ``train/loss`` and, of the layers' ``dead_fraction``, ``train/dead_share`` (the share of all
         pairs of layer and expert that is dead), means over the last 20 steps; ``train/loss_spike``, the largest rise
-        of a step's loss above the mean of the up to 20 steps before it; ``train/tokens_per_second``, the median; and
-        ``train/mean/…`` over all steps for the names of ``OVER_TRAINING``.
+        of a step's loss above the mean of the up to 20 steps before it; ``train/tokens_per_second`` and
+        ``train/step_ms``, medians; ``train/tokens_seen``, all that were trained on; and ``train/mean/…`` over all steps
+        for the names of ``OVER_TRAINING``.
     """
     rows = [row for row in rows if "train/loss" in row]
     results: dict[str, float] = {"train/steps": len(rows)}
@@ -270,6 +287,10 @@ def training_results(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         (loss - fmean(losses[max(0, i - LAST_STEPS) : i]) for i, loss in enumerate(losses) if i), default=0.0
     )
     results["train/tokens_per_second"] = median(row["train/tokens_per_second"] for row in rows)
+    timed = [row for row in rows if "train/tokens" in row]
+    if timed:
+        results["train/step_ms"] = median(1000 * row["train/tokens"] / row["train/tokens_per_second"] for row in timed)
+        results["train/tokens_seen"] = sum(row["train/tokens"] for row in timed)
     dead = [value for row in rows[-LAST_STEPS:] for key, value in row.items() if _is_dead_fraction_of_a_layer(key)]
     if dead:
         results["train/dead_share"] = fmean(dead)
@@ -277,6 +298,33 @@ def training_results(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if values := [row[name] for row in rows if name in row]:
             results[f"train/mean/{name}"] = fmean(values)
     return results
+
+
+def training_curve(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
+    """Return the course of a training at up to 100 points, in columns.
+
+    Args:
+        rows: of the log, in the order of the steps; those of validations are passed over.
+
+    Returns:
+        ``steps`` and ``tokens`` seen up to the point, and the means since the point before of ``CURVE``: ``loss``;
+        ``max_violation`` and ``dead_fraction``, those of the worst layer; ``dispersion`` (in its form of one pass,
+        ``dispersion_1``). None where the log has none. Empty without a step.
+    """
+    rows = [row for row in rows if "train/loss" in row]
+    points = min(CURVE_POINTS, len(rows))
+    curve: dict[str, list[float | None]] = {} if not points else {name: [] for name in ("steps", "tokens", *CURVE)}
+    begin, tokens = 0, 0.0
+    for point in range(points):
+        end = round((point + 1) * len(rows) / points)
+        since, begin = rows[begin:end], end
+        tokens += sum(row.get("train/tokens", 0.0) for row in since)
+        curve["steps"].append(end)
+        curve["tokens"].append(round(tokens))
+        for name, scalar in CURVE.items():
+            values = [row[scalar] for row in since if math.isfinite(row.get(scalar, math.nan))]
+            curve[name].append(round(fmean(values), 5) if values else None)
+    return curve
 
 
 def _is_dead_fraction_of_a_layer(key: str) -> bool:
