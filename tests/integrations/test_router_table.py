@@ -12,6 +12,7 @@ from torch import nn
 
 import moegeo_router as mg
 from moegeo_router.control.selection_bias import selection_bias
+from moegeo_router.integrations.families import FAMILIES as KNOWN
 from tests.support import router_table, tiny_transformers
 from tests.support.router_table import NOT_ROUTERS, NOTES, SAID, shipped, written
 from tests.support.tiny_families import FAMILIES
@@ -39,6 +40,15 @@ def test_every_router_that_transformers_ships_is_in_the_table():
     gone = [name for name in ours if name not in theirs and name != "DogeCDMoE"]  # no router by its name
     assert not gone, f"transformers {installed()} has no {gone}: {HOW}"
     assert all(name in ours for name in NOTES)
+
+
+def test_what_the_library_says_of_a_router_is_in_the_table():
+    for family in KNOWN:
+        of_four = str(family.router).startswith("GraniteMoe")  # in transformers 5 they are called TopKRouter
+        assert of_four or family.router in rows(), family.router
+    for row in SAID:
+        known = next((family.scores for family in KNOWN if family.router == row.router), "softmax")
+        assert row.tested == "refusal" or known == row.scores
 
 
 def test_classes_that_are_no_routers_are_not_taken_for_routers():
