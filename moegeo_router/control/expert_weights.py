@@ -44,7 +44,9 @@ class ExpertWeights:
         pieces = _of_modules if experts.modules else _of_stack
         self._slices = pieces(experts, num_experts)
         for parameter in self.parameters:
-            if type(parameter.data) is not Tensor or not parameter.is_floating_point():
+            # fp8 is floating point, too, but means nothing without a scale that is kept elsewhere.
+            plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.element_size() > 1
+            if not plain:
                 kind = f"{type(parameter.data).__name__}, {parameter.dtype}"
                 raise ValueError(f"the weights of {experts.name} are quantised or sharded ({kind})")
 

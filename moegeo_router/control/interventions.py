@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import simplex
+from ..integrations import peft
 from ..optim.stack import bias_of
 from ..routers.prior import ExpertPrior
 from ..routers.router import GeometricRouter
@@ -179,6 +180,8 @@ class SlowDown(Intervention):
 
     def unavailable(self, plant: Plant, layer: str) -> str | None:
         """Return why not."""
+        if (reason := plant.frozen(layer)) is not None:
+            return reason
         if plant.steps is None or not plant.is_natural(layer):
             return "not stepped naturally"
         return None if plant.steps.speed_limits[layer] is not None else "there is no speed limit to lower"
@@ -217,7 +220,7 @@ class CutRate(Intervention):
 def _prior(plant: Plant, layer: str) -> ExpertPrior | None:
     """Return the prior of a layer: the router's own, or that of its block."""
     name = layer.rpartition(".")[0]
-    for module in (plant.sites[layer].module, plant.model.get_submodule(name) if name else None):
+    for module in (plant.sites[layer].module, peft.submodule(plant.model, name) if name else None):
         prior = None if module is None else module._modules.get("prior")
         if isinstance(prior, ExpertPrior) and prior.rule == "balance":
             return prior

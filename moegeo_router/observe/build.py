@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import GeometryConfig
+from ..integrations import peft
 from ..integrations.transformers import observe_experts
 from ..routers.experts import block_of, find_experts, refuse_sharded
 from ..routers.find import RouterSite
@@ -27,7 +28,7 @@ def refuse_second_watch(sites: Sequence[RouterSite]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside data-parallel and compiled wrappers: names and hooks are those of the model itself."""
+    """Return the model inside data-parallel, compiled and PEFT's wrappers: names and hooks are its own."""
     inner: object = model
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -36,7 +37,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         else:
             assert isinstance(inner, nn.Module)
-            return inner
+            base = peft.base_model(inner)
+            if base is inner:
+                return inner
+            inner = base
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -97,6 +101,11 @@ def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, f
     if experts is None:
         raise ValueError(f"fisher={config.fisher!r}: no experts found beside router {site.name}: take fisher='outputs'")
     if config.fisher == "minibatch":
+        own = experts.own_parameters() if experts.stacked else experts.container.parameters()
+        if not any(parameter.requires_grad for parameter in own):
+            raise ValueError(
+                f"fisher='minibatch' reads gradients of the experts, and {experts.name} are frozen: take 'outputs'"
+            )
         if experts.stacked and not any(p.ndim > 1 and len(p) == site.num_experts for p in experts.own_parameters()):
             raise ValueError(
                 f"fisher='minibatch': the weights of {experts.name} are not stacked by expert: take 'outputs'"

@@ -69,8 +69,9 @@ class LayerTap:
         self._seen: dict[str, Any] | None = None
         hook = Hook(self._router, failed, exclusive)
         self._handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
-        if site.projection is not site.module:
-            self._handles.append(site.projection.register_forward_hook(Hook(self._projected, failed)))
+        linear = site.adapter or site.projection  # what an adapter adds is part of the logits
+        if site.module not in (linear, site.projection):
+            self._handles.append(linear.register_forward_hook(Hook(self._projected, failed)))
         if block is not None:
             self._handles.append(block.register_forward_pre_hook(Hook(self._open, failed)))
             self._handles.append(block.register_forward_hook(Hook(self._close, failed)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations import peft
 from .forward import flat_tokens
 from .hooks import Failed, Hook, recomputing
 
@@ -103,7 +104,7 @@ class TokenTap:
         active: Callable[[], bool] = lambda: True,
     ) -> None:
         self._begins, self._sequences, self._active = begins, sequences, active
-        names = {part for name, _ in model.named_modules() for part in name.split(".")}
+        names = {part for name, _ in peft.modules_in_use(model) for part in name.split(".")}
         self._two_sides = {"encoder", "decoder"} <= names
         self._given: dict[str, Tensor | None] = {}
         self._running: list[Tokens] = []
@@ -195,7 +196,7 @@ def _around(model: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
     for layer in layers:
         parts = layer.split(".")
         for end in range(1, len(parts)):
-            module = model.get_submodule(".".join(parts[:end]))
+            module = peft.submodule(model, ".".join(parts[:end]))
             if set(ARGUMENTS) & set(_signature(module)):
                 found.setdefault(id(module), module)
     return list(found.values())

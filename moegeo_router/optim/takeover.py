@@ -181,6 +181,7 @@ class RouterSteps:
     def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
         """Put routers together that can be stepped as one: the same optimizer, group, manifold and shape."""
         held = []
+        self._left = [site for site in sites if not site.weight.requires_grad]
         if adapted := [site.name for site in sites if site.adapted]:
             warnings.warn(
                 f"the routers {', '.join(adapted)} are trained by adapters (LoRA), which your optimizer steps: only "
@@ -189,7 +190,7 @@ class RouterSteps:
             )
         for site in sites:
             manifold, place = manifold_of(site.weight), self._place(site.weight)
-            if not site.weight.requires_grad and (manifold is None or place is None):
+            if site.adapted or (not site.weight.requires_grad and (manifold is None or place is None)):
                 continue  # frozen, and not held by any optimizer that could step it later
             if place is None:
                 raise ValueError(f"the weight of router {site.name} is in no optimizer given to attach")
@@ -199,6 +200,7 @@ class RouterSteps:
                     "or leave its step to the optimizer with GeometryConfig(step=None)"
                 )
             held.append(site)
+        self._left = [site for site in self._left if site not in held]
         alike = group_alike(held, self._place, self._together)
         places: dict[Any, tuple[int, int]] = {key: key[0] for key in alike}
         return [
@@ -244,10 +246,22 @@ class RouterSteps:
     def _take(self, optimizer: Optimizer) -> None:
         if optimizer is self._optimizers[-1]:
             self._before()
+        self._tell_of_late()
         for stack in self._stacks:
             if stack.optimizer is optimizer:
                 self._check_tokens(stack)
                 stack.withhold()
+
+    def _tell_of_late(self) -> None:
+        """Say it, once, when a router is trained that was frozen and that nobody was going to step."""
+        late = [site.name for site in self._left if site.weight.grad is not None]
+        if late:
+            self._left = []
+            warnings.warn(
+                f"the routers {', '.join(late)} were frozen when their steps were taken over, and have gradients now: "
+                "they are stepped along no manifold; detach() and attach again",
+                stacklevel=2,
+            )
 
     def _check_tokens(self, stack: RouterStack) -> None:
         """Have Riemannian Adam step a stack, from now on, that lacks what natural steps need."""

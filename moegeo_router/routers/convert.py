@@ -136,6 +136,8 @@ def _check_convertible(sites: list[RouterSite], manifold: str, allow_change: boo
         already = current is not None or isinstance(site.module, GeometricRouter)
         if changes_function(manifold) and not already and not allow_change:
             raise ValueError(f"{manifold} rows change the function of router {site.name}: pass allow_change=True")
+        if manifold == "sphere" and not already and site.adapter is not None:
+            raise ValueError(f"router {site.name} has an adapter (LoRA): it cannot become a cosine router")
         if manifold == "sphere" and not already and type(site.module) is not nn.Linear:
             raise ValueError(
                 f"router {site.name} is a {type(site.module).__name__}: "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..integrations import peft
 from .find import RouterSite
 
 
@@ -83,7 +84,7 @@ def _called_ancestors(model: nn.Module, site: RouterSite) -> Iterator[tuple[str,
     name = site.name
     while name:
         name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
+        module = peft.submodule(model, name)
         if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             yield name, module
 
@@ -91,7 +92,7 @@ def _called_ancestors(model: nn.Module, site: RouterSite) -> Iterator[tuple[str,
 def _experts_in(name: str, module: nn.Module, site: RouterSite) -> Experts | None:
     prefix = f"{name}." if name else ""
     opaque = None
-    for child_name, child in module.named_children():
+    for child_name, child in peft.children_in_use(module):
         if "expert" not in child_name.lower() or "shared" in child_name.lower():
             continue
         if child is site.module or site.name.startswith(f"{prefix}{child_name}."):
@@ -113,7 +114,7 @@ def _experts_in(name: str, module: nn.Module, site: RouterSite) -> Experts | Non
 
 
 def _experts(name: str, child: nn.Module, num_experts: int) -> Experts | None:
-    for inner_name, inner in ((name, child), *((f"{name}.{n}", m) for n, m in child.named_children())):
+    for inner_name, inner in ((name, child), *((f"{name}.{n}", m) for n, m in peft.children_in_use(child))):
         if not isinstance(inner, nn.ModuleList | nn.ModuleDict):
             continue
         every = tuple(inner.children())

@@ -31,8 +31,8 @@ class RouterSite:
     """One router in a model.
 
     Attributes:
-        name: qualified name of the router module.
-        module: the router module.
+        name: qualified name of the router module, in PEFT models the one it has without PEFT.
+        module: the module whose forward yields the router's logits.
         projection: the module that holds the weight: the router itself, or its ``nn.Linear``.
         routing: how it routes, as far as its family is known.
         adapter: PEFT's layer (LoRA) that adds to the weight, None if there is none.
@@ -92,16 +92,19 @@ def find_routers(model: nn.Module, select: Select = None) -> list[RouterSite]:
     sites = sites_of(model, select)
     for site in sites:
         if site.weight.device == torch.device("meta"):
-            raise ValueError(f"the weight of router {site.name} is on the meta device: materialise the model first")
+            raise ValueError(
+                f"the weight of router {site.name} is on the meta device: materialise the model first (load its "
+                "weights, or model.to_empty(device=...) and initialise them)"
+            )
     return sites
 
 
 def sites_of(model: nn.Module, select: Select = None) -> list[RouterSite]:
     """Return what ``find_routers`` does, also of a model that is not there yet: one on the meta device."""
     chosen: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for name, module in peft.modules_in_use(model):
         inside_chosen = any(name.startswith(f"{outer}." if outer else "") for outer, _ in chosen)
-        if not (inside_chosen or peft.is_at_rest(model, name)) and (
+        if not inside_chosen and (
             _looks_like_router(model, name, module) if select is None else _selected(model, select, name, module)
         ):
             chosen.append((name, module))
@@ -129,7 +132,7 @@ def _matches(model: nn.Module, selector: Selector, name: str, module: nn.Module)
     if isinstance(selector, type):
         return isinstance(module, selector)
     if isinstance(selector, nn.Module):
-        return module is selector
+        return module is peft.in_use(selector)
     if isinstance(selector, RouterFamily):
         return selector.matches(module, _around(model, name))
     if callable(selector):
@@ -138,7 +141,7 @@ def _matches(model: nn.Module, selector: Selector, name: str, module: nn.Module)
 
 
 def _around(model: nn.Module, name: str) -> nn.Module | None:
-    return model.get_submodule(name.rpartition(".")[0]) if name else None
+    return peft.submodule(model, name.rpartition(".")[0]) if name else None
 
 
 def _check_every_selector(model: nn.Module, select: Select, chosen: list[tuple[str, nn.Module]]) -> None:
@@ -154,17 +157,16 @@ def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
         return _projection(model, name, module) is not None
     parent_name, _, leaf = name.rpartition(".")
-    linear = module if isinstance(module, nn.Linear) else peft.base_linear(module)
-    if linear is None or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
+    if not isinstance(module, nn.Linear) or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
         return False
-    beside = linear.out_features in _expert_counts(model.get_submodule(parent_name))
-    return beside or (leaf != "gate" and linear.out_features > 1)
+    beside = module.out_features in _expert_counts(peft.submodule(model, parent_name))
+    return beside or (leaf != "gate" and module.out_features > 1)
 
 
 def _expert_counts(parent: nn.Module) -> set[int]:
     """Return how many experts the children of a block suggest: lengths of lists, leading dimensions of stacks."""
     counts: set[int] = set()
-    for name, child in parent.named_children():
+    for name, child in peft.children_in_use(parent):
         if "expert" not in name.lower():
             continue
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -179,10 +181,10 @@ def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | N
     """Return what holds a router's weight: itself, its only linear layer, or the one as wide as the experts beside."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-        return peft.base_linear(module) or module
-    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+        return module
+    linears = [child for _, child in peft.children_in_use(module) if isinstance(child, nn.Linear)]
     if len(linears) > 1:
-        counts = _expert_counts(model.get_submodule(name.rpartition(".")[0]))
+        counts = _expert_counts(peft.submodule(model, name.rpartition(".")[0]))
         linears = [child for child in linears if child.out_features in counts]
     return linears[0] if len(linears) == 1 else None
 
@@ -199,17 +201,24 @@ def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[Rou
         raise ValueError(f"router {name} ({type(module).__name__}) cannot be served: {error}") from None
     projection = _named_projection(name, module, family) or _projection(model, name, module)
     if projection is None:
-        linears = [child for child, m in module.named_children() if isinstance(m, nn.Linear)]
+        linears = [child for child, m in peft.children_in_use(module) if isinstance(m, nn.Linear)]
         raise ValueError(
             f"router {name} ({type(module).__name__}) has no (E, D) weight, nor one linear layer that must be its own "
             f"(found: {', '.join(linears) or 'none'}); select the layer itself"
         )
     weight: object = projection.weight
+    if isinstance(weight, Tensor) and weight.dtype != torch.bool and weight.element_size() == 1:
+        raise ValueError(
+            f"the weight of router {name} must be a floating point (E, D) tensor, and is quantised "
+            f"({type(weight).__name__}, {weight.dtype}): have whoever quantises the model leave its routers out"
+        )
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise ValueError(f"the weight of router {name} must be a floating point (E, D) tensor, got {weight!r:.80}")
     if 0 in weight.shape:
         raise ValueError(f"the weight of router {name} must have experts and inputs, got {tuple(weight.shape)}")
-    adapter = peft.adapter_of(model, name)
+    adapter = peft.adapter_of(model, name, projection)
+    if adapter is not None and projection is module and peft.adds_to_output(adapter):
+        module = adapter
     return RouterSite(name=name, module=module, projection=projection, routing=routing, adapter=adapter)
 
 
@@ -217,7 +226,7 @@ def _named_projection(name: str, module: nn.Module, family: RouterFamily | None)
     if family is None or family.projection is None:
         return None
     try:
-        return module.get_submodule(family.projection)
+        return peft.submodule(module, family.projection)
     except AttributeError:
         raise ValueError(f"router {name} ({type(module).__name__}) has no layer {family.projection!r}") from None
 

@@ -260,7 +260,6 @@ def test_the_saved_config_knows_of_nothing(attach):
     ("why", "message"),
     [
         ("norm", "they have a norm of their own"),
-        ("parallel", "they are expert-parallel"),
         ("quantised", r"down_proj is a quantised or sharded weight \(Tensor, torch\.float8_e4m3fn\)"),
         ("parameter", r"their parameters are gate_up_proj, down_proj, scale, not down_proj, gate_up_proj"),
     ],
@@ -270,8 +269,6 @@ def test_experts_that_cannot_be_watched_are_named(attach, why, message):
     experts = experts_of(model)[1]
     if why == "norm":
         experts.has_post_expert_norm = True
-    elif why == "parallel":
-        experts._is_expert_parallel = True
     elif why == "quantised":
         experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
     else:
