@@ -10,6 +10,7 @@ Routers that are alike are stepped as one (``stack``), by the rule that ``step``
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,9 @@ from .riemannian import RiemannianAdamRule
 from .rows import NotLinearError
 from .rules import NaturalRules
 from .stack import RouterStack, group_alike
+
+# Of the function that torch puts around every ``step``.
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 class RouterSteps:
@@ -228,6 +232,8 @@ class RouterSteps:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take the routers' gradients away before ``optimizer`` steps; with a closure, whenever that has made them."""
+        if _is_inner(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._take(optimizer)
@@ -290,6 +296,8 @@ class RouterSteps:
                 stack.give_back()
 
     def _step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_inner(optimizer):
+            return
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)  # of a gradient scaler, around fused optimizers
         self.skipped = skipped is not None and bool(skipped)
         if not self.skipped:
@@ -299,6 +307,19 @@ class RouterSteps:
         self._give_back(optimizer)
         if optimizer is self._optimizers[-1]:
             self._after()
+
+
+def _is_inner(optimizer: Optimizer) -> bool:
+    """Return whether a hook was called by a step inside of another step of the same optimizer.
+
+    torch wraps ``step`` of every class that an optimizer was made of: where a subclass calls ``super().step()``, the
+    hooks run for both. Read from the stack, because a step that raises runs no hook that could reset a flag.
+    """
+    frame, steps = sys._getframe(1).f_back, 0
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 def _refuse_second(optimizer: Optimizer) -> None:

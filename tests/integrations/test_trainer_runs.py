@@ -37,16 +37,16 @@ CONFIG = mg.GeometryConfig(regularizers=STRONG)
 
 
 def test_reporters_get_the_scalars_of_training(tmp_path, monkeypatch, capsys):
+    import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    wandb.teardown()  # it has read its environment if it was used before in this process
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     reports = {"report_to": ["wandb", "tensorboard"], "eval_strategy": "steps", "eval_steps": 2}
     run, _ = with_geometry(tmp_path, eval_dataset=examples(4), max_steps=4, logging_steps=2, **reports)
     run.train()
-    import wandb
-
     wandb.finish()
     history = read_finished_run(*find_runs(tmp_path)).history
     logged = [row for row in history if "train/loss" in row]

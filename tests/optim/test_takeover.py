@@ -297,3 +297,65 @@ def test_mistakes_are_one_clear_error_and_leave_nothing_behind():
     backward(replaced)
     with pytest.raises(RuntimeError, match=r"router blocks\.0\.gate was replaced since"):
         optimizer.step()
+
+
+def test_a_step_inside_of_a_step_is_one_step():
+    """torch hooks every class that was made: a subclass that calls ``super().step()`` runs all hooks twice."""
+
+    class Outer(torch.optim.Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def train(kind, closure):
+        torch.manual_seed(0)
+        model = Model()
+        mg.geometrize(model)
+        optimizer = kind(model.parameters(), lr=1e-2)
+        geometry = mg.attach(model, optimizer, mg.GeometryConfig(inject=True))
+        x = torch.randn(2, 5, D)
+
+        def loss():
+            optimizer.zero_grad()
+            found = model(x).square().mean()
+            found.backward()
+            return found
+
+        for _ in range(3):
+            if closure:
+                optimizer.step(loss)
+            else:
+                loss()
+                optimizer.step()
+        return geometry.metrics(), [p.detach().clone() for p in model.parameters()]
+
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])  # from here on Adam's own step is hooked, too
+    for closure in (False, True):
+        plain, weights = train(torch.optim.Adam, closure)
+        metrics, others = train(Outer, closure)
+        assert metrics == plain
+        assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+def test_a_step_that_failed_does_not_hide_the_next():
+    class Failing(torch.optim.SGD):
+        fail = False
+
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("no")
+            return super().step(closure)
+
+    model = Model()
+    mg.geometrize(model)
+    optimizer = Failing(model.parameters(), lr=1e-2)
+    geometry = mg.attach(model, optimizer, mg.GeometryConfig(inject=True))
+    model(torch.randn(2, 5, D)).square().mean().backward()
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    optimizer.fail = False
+    before = mg.find_routers(model)[0].weight.detach().clone()
+    model(torch.randn(2, 5, D)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, mg.find_routers(model)[0].weight)
+    assert geometry.metrics()["geometry/movement"] > 0
