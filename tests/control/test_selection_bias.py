@@ -88,6 +88,24 @@ def test_gates_and_probabilities_do_not_see_it():
     assert torch.equal(gates[same], pushed_gates[same])
 
 
+def test_it_rests_in_a_step_that_is_not_taken():
+    model = build("DeepseekV3")
+    mg.geometrize(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    mg.attach(model, optimizer, mg.GeometryConfig(inject=True, bias_speed=0.125, controller="act"))
+    _, bias = selection_bias(model, mg.find_routers(model)[0])
+    moved = []
+    for broken in (False, True, False):
+        before = bias.clone()
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+        if broken:
+            next(model.parameters()).grad[0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(bias, before))
+    assert moved == [True, False, True]
+
+
 def test_what_it_needs_is_said():
     with pytest.raises(
         ValueError, match=r"bias_speed is for routers with a bias that only selects .* none of blocks\.0"

@@ -288,6 +288,20 @@ def test_nothing_is_left_behind_and_train_can_be_called_again(tmp_path):
     assert not any("geometry/fsi" in line for line in lines(run))
 
 
+def test_a_method_that_was_replaced_on_the_trainer_is_called_and_stays(tmp_path):
+    run, _ = with_geometry(tmp_path, max_steps=2)
+    theirs, called = run.training_step, []
+
+    def own(*args, **kwargs):
+        called.append(run.state.global_step)
+        return theirs(*args, **kwargs)
+
+    run.training_step = own
+    run.train()
+    assert called == [0, 1]
+    assert run.training_step is own
+
+
 def test_routers_on_a_manifold_stay_on_theirs(tmp_path):
     model = build()
     mg.geometrize(model, manifold="euclidean", select="*.0.mlp.gate")

@@ -74,6 +74,22 @@ def test_sharded_models_are_refused(tmp_path, flag):
         mg.MoEGeometryCallback(run)
 
 
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_inside_of_the_backward_pass_are_refused(tmp_path, optim):
+    run = trainer(tmp_path)
+    run.args.optim = transformers.training_args.OptimizerNames(optim)
+    with pytest.raises(ValueError, match=f"optim='{optim}' steps inside of the backward pass"):
+        mg.MoEGeometryCallback(run)
+
+
+@pytest.mark.parametrize("which", ["get_tp_size", "get_cp_size", "get_sp_size"])
+def test_models_that_are_split_over_ranks_are_refused(tmp_path, monkeypatch, which):
+    run = trainer(tmp_path)
+    monkeypatch.setattr(run, which, lambda: 2)
+    with pytest.raises(ValueError, match="parallelism: data-parallel models only"):
+        mg.MoEGeometryCallback(run)
+
+
 def test_several_devices_in_one_process_are_refused(tmp_path):
     run = trainer(tmp_path)
     run.args._n_gpu = 2
