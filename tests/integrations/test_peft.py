@@ -104,6 +104,10 @@ def test_the_copy_of_another_adapter_rests():
     for adapter in ("second", "default"):
         model.set_adapter(adapter)
         assert {site.name.rpartition(".")[2] for site in mg.find_routers(model)} == {adapter}
+    model.add_adapter("without", peft.LoraConfig(**ATTENTION))
+    model.set_adapter("without")
+    found = {site.name.rpartition(".")[2] for site in mg.find_routers(model)}
+    assert found == {"original_module"}
 
 
 @pytest.mark.parametrize("order", ORDERS)
