@@ -195,6 +195,16 @@ def test_gates_say_which_scores_they_are(stock, family):
             assert config.gates == "input"
 
 
+@pytest.mark.skipif(four(), reason="its routers return other things")
+@pytest.mark.parametrize(("family", "output"), [("SwitchTransformers", 1), ("NllbMoe", 1), ("Llama4Text", 0)])
+def test_gates_that_are_computed_sum_to_what_those_of_the_model_do(family, output):
+    model = tiny.build(family)
+    site, sums = mg.find_routers(model)[0], []
+    site.module.register_forward_hook(lambda module, args, found: sums.append(found[output].sum(dim=-1).flatten()))
+    run(model, masked=False)
+    assert torch.allclose(sums[0], torch.ones(()), atol=1e-5) == site.routing.renormalize
+
+
 # Their experts are not called with the choices and their weights.
 _NO_GATES = ("JetMoe", "Llama4Text", "NllbMoe", "SwitchTransformers")
 

@@ -105,6 +105,10 @@ def test_the_copy_of_another_adapter_rests():
         model.set_adapter(adapter)
         for site in mg.find_routers(model):
             assert site.module is model.get_base_model().get_submodule(site.name).modules_to_save[adapter]
+    model.add_adapter("without", peft.LoraConfig(**ATTENTION))
+    model.set_adapter("without")
+    for site in mg.find_routers(model):
+        assert site.module is model.get_base_model().get_submodule(site.name).original_module
 
 
 @pytest.mark.parametrize("order", ORDERS)
