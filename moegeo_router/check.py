@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.tokens < 1:
             raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
+        if options.select == "":
+            raise ValueError("--select must name routers, got nothing")
         print("\n".join(report(options.model, options.select, options.tokens)))
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -372,7 +374,10 @@ def _chosen(model: Any, site: RouterSite) -> int | None:
     says = [getattr(site.module, "top_k", None), site.routing.top_k]
     says += [] if block is None else [getattr(block[1], "top_k", None)]
     says += [getattr(model.config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk")]
-    return next((k for k in says if isinstance(k, int)), None)
+    chosen = next((k for k in says if isinstance(k, int)), None)
+    if chosen is not None and chosen > site.num_experts:
+        raise ValueError(f"router {site.name} is to choose {chosen} of {site.num_experts} experts")
+    return chosen
 
 
 def _shortened(names: Sequence[str]) -> str:

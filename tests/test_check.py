@@ -191,6 +191,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     saved(tmp_path)
     assert "select='no.such.*'" in refused(str(tmp_path), "--select", "no.such.*", capsys=capsys)
     assert "--tokens must be at least 1" in refused(str(tmp_path), "--tokens", "0", capsys=capsys)
+    assert "--select must name routers" in refused(str(tmp_path), "--select", "", capsys=capsys)
+    saved(tmp_path / "greedy", num_experts_per_tok=9)
+    line = refused(str(tmp_path / "greedy"), capsys=capsys)
+    assert "router model.layers.0.mlp.gate is to choose 9 of" in line
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(str(tmp_path / "empty"), capsys=capsys)
     dense = transformers.LlamaConfig(**{k: v for k, v in SIZES.items() if "expert" not in k and "moe" not in k})
