@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
+from trainers.command import Parser, one_line_mistakes
 from trainers.studies.benchmark import ARMS, TIERS, TOY, Tier
 from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.runs import StudyError
 
 PROGRAM = "python -m trainers.benchmark"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with status 2."""
-        self.exit(2, f"error: {message}; --help shows the options\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    try:
+    with one_line_mistakes():
         benchmark = _benchmark(options, shlex.join([*PROGRAM.split(), *arguments]))
         if options.commands:
             print("\n".join(commands(benchmark)))
@@ -44,13 +35,6 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark.run()
         for written in write_benchmark(benchmark):
             print(written)
-    except KeyboardInterrupt:
-        sys.exit(130)  # what to do now has been said
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOEGEO_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     if benchmark.broken:
         sys.exit(2)  # why has been said
 
@@ -98,7 +82,7 @@ def _is_toy(tier: Tier) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM, description="Ours against what people use, each tuned on the same budget.", allow_abbrev=False
     )
     parser.add_argument("tier", choices=[*TIERS], metavar="TIER", help=f"{', '.join(TIERS)}")

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import re
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -19,10 +17,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from trainers.command import Parser, one_line_mistakes
 from trainers.progress import Silent
 from trainers.rescue_picture import check_path, draw
 from trainers.studies.runs import DataCache, Outcome, Run, StudyError, configurations, train_run
@@ -209,26 +208,18 @@ def report(courses: Sequence[Course]) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with status 2."""
-        self.exit(2, f"error: {message}; --help shows the options\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run both, show them, and write the picture.
 
     Args:
         arguments: the command line; None for the process's own.
     """
-    parser = _Parser(prog="python -m trainers.rescue", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m trainers.rescue", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of model and data (0)")
     parser.add_argument("--picture", type=Path, default=Path("runs/rescue.png"), help="where it goes (runs/rescue.png)")
     parser.add_argument("overrides", nargs="*", help="of the configuration, for both runs: key=value")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_mistakes():
         common = ["experiment=rescue", f"seed={options.seed}", f"data.seed={options.seed}", *options.overrides]
         configs = configurations(Run(name, [*common, switch], {}) for name, switch in RUNS.items())
         check_path(options.picture)  # before the training
@@ -236,11 +227,6 @@ def main(arguments: list[str] | None = None) -> None:
             courses = show(watch(configs, Path(folder)), configs[0]["loop"]["steps"])
         print(report(courses))
         draw(courses, options.picture)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     print("One pair of runs shows how it works and proves nothing; docs/results/faults has the study.")
     print(options.picture)
 

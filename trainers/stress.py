@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from trainers.command import Parser, one_line_mistakes
 from trainers.studies.comparison import COMPARISONS, comparison
 from trainers.studies.comparison_report import write_comparison
 from trainers.studies.faults import Faults
@@ -34,14 +34,6 @@ SMOKE: dict[str, Any] = {
 SMOKE_PAIRS: dict[str, Any] = {"seeds": 1, "tokens": 16 * 1024}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with status 2."""
-        self.exit(2, f"error: {message}; --help shows the options\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a study and write its report.
 
@@ -51,15 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     run = {"region": region, "faults": faults, "healthy": healthy}.get(options.study, compare)
-    try:
+    with one_line_mistakes():
         run(options, shlex.join([*PROGRAM.split(), *arguments]))
-    except KeyboardInterrupt:
-        sys.exit(130)  # what to do now has been said
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOEGEO_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def region(options: argparse.Namespace, command: str) -> None:
@@ -139,7 +124,7 @@ def _grid(options: argparse.Namespace, smoke: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Stress studies of the routers.")
+    parser = Parser(prog=PROGRAM, description="Stress studies of the routers.")
     studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
     grid = studies.add_parser(
         "region",
