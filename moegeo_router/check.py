@@ -9,12 +9,13 @@ and says which routers it has. Router weights are looked at where they lie in th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,16 +24,67 @@ from torch import Tensor, nn
 
 from .control.selection_bias import selection_bias
 from .integrations import transformers as integration
+from .integrations.checkpoints import weights_in
 from .observe.fisher import ProductTap
 from .observe.forward import LayerForward
 from .observe.hooks import nothing
 from .observe.statistics import LayerStatistics
+from .observe.taps import tensors_in
 from .routers.convert import geometrize
 from .routers.experts import Experts, block_of, find_experts
 from .routers.find import RouterSite, sites_of
 
 #: Cosine of two rows of a router from which on they are called twins: what they choose is hardly told apart.
 TWINS = 0.999
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model and what was found in it, derived once for all lines.
+
+    Attributes:
+        model: on the meta device.
+        sites: its routers.
+    """
+
+    model: Any
+    sites: Sequence[RouterSite]
+
+    @cached_property
+    def experts(self) -> dict[str, Experts | None]:
+        """The experts of each router, None where none are found."""
+        return {site.name: find_experts(self.model, site) for site in self.sites}
+
+    @cached_property
+    def chosen(self) -> dict[str, int | None]:
+        """K of each router, None where nobody says it.
+
+        Raises:
+            ValueError: more than there are experts.
+        """
+        return {site.name: _chosen(self.model, site) for site in self.sites}
+
+    @cached_property
+    def biases(self) -> list[str]:
+        """The names of the biases that only choose."""
+        each = (selection_bias(self.model, site) for site in self.sites)
+        return [bias[0] for bias in each if bias is not None]
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many the model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def active(self) -> int:
+        """How many of them a token meets; where experts or K are not known, at most."""
+        resting = 0.0
+        for site in self.sites:
+            experts = self.experts[site.name]
+            if experts is not None:
+                own = sum(p.numel() for p in experts.container.parameters())
+                resting += own * (1 - min(1.0, (self.chosen[site.name] or site.num_experts) / site.num_experts))
+        return int(self.parameters - resting)
 
 
 class Cost(NamedTuple):
@@ -81,19 +133,18 @@ def report(source: str, select: str | None = None, tokens: int = 8192) -> Iterat
         ValueError: it has no routers, or such as cannot be served.
     """
     model = skeleton(source)
-    sites = sites_of(model, select)
-    experts = {site.name: find_experts(model, site) for site in sites}
-    yield from _model(model, sites, experts)
+    found = Found(model, sites_of(model, select))
+    yield from _model(found)
     yield ""
     yield "found"
-    yield from _routers(model, sites, experts)
-    yield from _weights(Path(source), model, sites)
+    yield from _routers(found)
+    yield from _weights(Path(source), found)
     yield ""
     yield "would be done"
-    yield from _plan(model, sites, experts)
+    yield from _plan(found)
     yield ""
     yield "would cost"
-    yield from _costs(model, sites, experts, tokens)
+    yield from _costs(found, tokens)
 
 
 def skeleton(source: str) -> Any:
@@ -142,47 +193,48 @@ def _built(transformers: Any, source: str) -> Any:
     return model
 
 
-def _model(model: Any, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> Iterator[str]:
-    total, active = _parameters(model, sites, experts)
-    known = None not in experts.values() and None not in [_chosen(model, site) for site in sites]
-    active_count = ("" if known else "at most ") + _count(active)
-    yield f"{type(model).__name__}: {_count(total)} parameters, {active_count} active for a token, {_dtype(model)}"
+def _model(found: Found) -> Iterator[str]:
+    model, known = found.model, None not in (*found.experts.values(), *found.chosen.values())
+    active = ("" if known else "at most ") + _count(found.active)
+    yield f"{type(model).__name__}: {_count(found.parameters)} parameters, {active} active for a token, {_dtype(model)}"
     if quantised := getattr(model.config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised.quant_method
         yield f"  quantised ({method}): its experts are left alone; routers can be trained where they are not quantised"
 
 
-def _routers(model: nn.Module, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> Iterator[str]:
+def _routers(found: Found) -> Iterator[str]:
+    sites, experts = found.sites, found.experts
     kinds = Counter((type(site.module).__name__, site.num_experts, site.in_features) for site in sites)
     for (name, rows, width), count in kinds.items():
         yield f"  {count} router{'s' * (count > 1)} {name}, {rows} experts, {width} inputs"
     yield f"  {_shortened([site.name for site in sites])}"
-    for routing, chosen in dict.fromkeys((site.routing, _chosen(model, site)) for site in sites):
+    for routing, chosen in dict.fromkeys((site.routing, found.chosen[site.name]) for site in sites):
         number = "unknown" if chosen is None else f"{chosen} a token"
         yield f"  scores: {routing.scores}; chosen experts: {number}; gates multiply the experts' {routing.gates}"
-    biases = [bias for bias in (selection_bias(model, site) for site in sites) if bias is not None]
-    yield f"  bias for choosing only: {_shortened([name for name, _ in biases]) if biases else 'none'}"
-    names = [found.name for found in experts.values() if found is not None]
-    lacking = [name for name, found in experts.items() if found is None]
+    yield f"  bias for choosing only: {_shortened(found.biases) if found.biases else 'none'}"
+    names = [beside.name for beside in experts.values() if beside is not None]
+    lacking = [name for name, beside in experts.items() if beside is None]
     yield f"  experts: {_shortened(names) if names else 'not found'}" + (
         f"; none beside {_shortened(lacking)}" if names and lacking else ""
     )
 
 
-def _weights(folder: Path, model: Any, sites: Sequence[RouterSite]) -> Iterator[str]:
+def _weights(folder: Path, found: Found) -> Iterator[str]:
     """Look at the routers' weights in a folder."""
+    names = {site.name: f"{site.name}.{_name_of_weight(site)}" for site in found.sites}
     try:
-        found = _weights_in(folder, model, sites)
+        weights = weights_in(folder, found.model, names.values())
     except Exception as error:  # of files that are damaged, in any way
         yield f"  weights: cannot be read, {type(error).__name__}: {' '.join(str(error).split())}"
         return
-    if not found:
+    if not weights:
         yield "  weights: not looked at (no safetensors with them in a folder)"
         return
-    norms = torch.cat([weight.float().norm(dim=-1).reshape(-1) for weight in found.values()])
-    yield f"  weights in the folder ({len(found)}): norms of rows {float(norms.min()):.3g} to {float(norms.max()):.3g}"
-    for site in sites:
-        weight = found.get(site.name)
+    norms = torch.cat([weight.float().norm(dim=-1).reshape(-1) for weight in weights.values()])
+    least, most = float(norms.min()), float(norms.max())
+    yield f"  weights in the folder ({len(weights)}): norms of rows {least:.3g} to {most:.3g}"
+    for site in found.sites:
+        weight = weights.get(names[site.name])
         if weight is None:
             yield f"    {site.name}: not in the folder"
         elif weight.shape != site.weight.shape:
@@ -194,6 +246,10 @@ def _weights(folder: Path, model: Any, sites: Sequence[RouterSite]) -> Iterator[
                     yield f"    {site.name}: {count} {what}"
 
 
+def _name_of_weight(site: RouterSite) -> str:
+    return next(name for name, parameter in site.module.named_parameters() if parameter is site.weight)
+
+
 def _ill(rows: Tensor) -> dict[str, int]:
     unit = torch.nn.functional.normalize(rows, dim=1)
     return {
@@ -203,55 +259,21 @@ def _ill(rows: Tensor) -> dict[str, int]:
     }
 
 
-def _weights_in(folder: Path, model: Any, sites: Sequence[RouterSite]) -> dict[str, Tensor]:
-    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file() and not file.is_file():
-        return {}
-    from safetensors import safe_open
-
-    if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    else:
-        with safe_open(file, framework="pt") as tensors:
-            files = dict.fromkeys(tensors.keys(), file.name)
-    in_model = _key_in_model(model)
-    keys = {in_model(key): key for key in files} | {key: key for key in files}
-    found = {}
-    for site in sites:
-        name = next(n for n, p in site.module.named_parameters() if p is site.weight)
-        key = keys.get(f"{site.name}.{name}")
-        if key is not None and (folder / files[key]).is_file():
-            with safe_open(folder / files[key], framework="pt") as tensors:
-                found[site.name] = tensors.get_tensor(key)
-    return found
-
-
-def _key_in_model(model: Any) -> Callable[[str], str]:
-    """Return what makes a name in a checkpoint the model's own: transformers 5 renames some (Mixtral's)."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return str
-    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
-    prefix, own = model.base_model_prefix, dict(model.named_parameters())
-    return lambda key: rename_source_key(key, renamings, [], prefix, own)[0]
-
-
-def _plan(model: Any, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> Iterator[str]:
+def _plan(found: Found) -> Iterator[str]:
+    model, sites, experts = found.model, found.sites, found.experts
     weights = "1 weight becomes a manifold parameter" if len(sites) == 1 else f"{len(sites)} weights on manifolds"
     yield f"  mg.geometrize(model): {weights}, in place; the same function, the same state-dict keys"
     yield "  mg.attach(model, optimizer): watched, stepped by natural gradients, regularized by 0.01 FSI² a layer"
-    stacked = [found for found in experts.values() if found is not None and found.stacked]
-    traces = [name for name, found in experts.items() if found is None]
-    if traces:
-        yield f"    no FHS by 'parameters' and no new start for dead experts of {_shortened(traces)}: not found"
+    stacked = [beside for beside in experts.values() if beside is not None and beside.stacked]
+    lacking = [name for name, beside in experts.items() if beside is None]
+    if lacking:
+        yield f"    no FHS by 'parameters' and no new start for dead experts of {_shortened(lacking)}: not found"
     elif stacked:
-        reasons = {reason for found in stacked if (reason := _unobserved(found)) is not None}
+        reasons = {reason for beside in stacked if (reason := _unobserved(beside)) is not None}
         yield "    FHS by 'parameters': " + (
             "; ".join(sorted(reasons)) if reasons else "possible, from stacked experts"
         )
-    if any(selection_bias(model, site) is not None for site in sites):
+    if found.biases:
         yield "    bias_speed=0.001 balances the biases for choosing, which transformers never updates"
     plan = getattr(model, "_tp_plan", None) or getattr(model.config, "base_model_tp_plan", None)
     if plan and any("experts" in key for key in plan):
@@ -271,26 +293,24 @@ def _unobserved(experts: Experts) -> str | None:
     return None
 
 
-def _costs(
-    model: nn.Module, sites: Sequence[RouterSite], experts: dict[str, Experts | None], tokens: int
-) -> Iterator[str]:
-    shapes = Counter((site.num_experts, site.in_features, site.weight.dtype) for site in sites)
+def _costs(found: Found, tokens: int) -> Iterator[str]:
+    shapes = Counter((site.num_experts, site.in_features, site.weight.dtype) for site in found.sites)
     costs = {shape: cost(*shape, tokens) for shape in shapes}
     state = sum(count * costs[shape].state for shape, count in shapes.items())
-    total, active = _parameters(model, sites, experts)
-    yield f"  memory: {_bytes(state)}, beside {_bytes(12 * total)} of gradients and moments of AdamW in fp32"
+    yield f"  memory: {_bytes(state)}, beside {_bytes(12 * found.parameters)} of gradients and moments of AdamW in fp32"
     threads = f"{torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else "")
     yield f"  time, measured here ({threads}), of one router and {tokens:,} tokens of a step:"
-    for (rows, width, _), found in costs.items():
+    for (rows, width, _), each in costs.items():
         yield (
-            f"    {rows} experts, {width} inputs: watching {1e3 * found.watching:.1f} ms, natural step "
-            f"{1e3 * found.step:.1f} ms; the router's own forward and backward {1e3 * found.router:.1f} ms"
+            f"    {rows} experts, {width} inputs: watching {1e3 * each.watching:.1f} ms, natural step "
+            f"{1e3 * each.step:.1f} ms; the router's own forward and backward {1e3 * each.router:.1f} ms"
         )
     router = sum(count * 6 * rows * width * tokens for (rows, width, _), count in shapes.items())
     seconds = sum(count * costs[shape].router for shape, count in shapes.items())
     ours = sum(count * (costs[shape].watching + costs[shape].step) for shape, count in shapes.items())
-    share = ours / (seconds * 6 * active * tokens / router)
-    yield f"    together about {100 * share:.2g}% of a step, if each of the {_count(active)} active parameters costs as"
+    share = ours / (seconds * 6 * found.active * tokens / router)
+    active = _count(found.active)
+    yield f"    together about {100 * share:.2g}% of a step, if each of the {active} active parameters costs as"
     yield "    much as one of a router"
 
 
@@ -330,20 +350,9 @@ def cost(num_experts: int, width: int, dtype: torch.dtype, tokens: int) -> Cost:
     for _ in range(4):  # the first steps invert the factors more often than later ones
         natural_step()
     step_seconds = _seconds(natural_step)
-    state = sum(t.numel() * t.element_size() for t in _tensors(optimizer.state_dict()))
+    state = sum(t.numel() * t.element_size() for t in tensors_in(optimizer.state_dict()))
     watching = _seconds(lambda: LayerStatistics.of(logits_TE, ids_TK, None, "softmax"))
     return Cost(state, router_seconds, watching, step_seconds)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _seconds(work: Any, repeats: int = 3) -> float:
@@ -354,18 +363,6 @@ def _seconds(work: Any, repeats: int = 3) -> float:
         work()
         times.append(time.perf_counter() - begin)
     return min(times[1:])
-
-
-def _parameters(model: Any, sites: Sequence[RouterSite], experts: dict[str, Experts | None]) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them a token meets."""
-    total = sum(p.numel() for p in model.parameters())
-    resting = 0.0
-    for site in sites:
-        found = experts[site.name]
-        if found is not None:
-            own = sum(p.numel() for p in found.container.parameters())
-            resting += own * (1 - min(1.0, (_chosen(model, site) or site.num_experts) / site.num_experts))
-    return total, int(total - resting)
 
 
 def _chosen(model: Any, site: RouterSite) -> int | None:

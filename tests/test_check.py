@@ -14,6 +14,7 @@ from torch import nn
 
 import moegeo_router as mg
 from moegeo_router import check
+from moegeo_router.observe.taps import tensors_in
 from tests.support.tiny_families import FAMILIES, SIZES
 from tests.support.tiny_transformers import build
 
@@ -93,7 +94,7 @@ def test_the_memory_is_that_of_an_attached_model(tmp_path, capsys):
     for _ in range(4):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    held = sum(t.numel() * t.element_size() for t in check._tensors(geometry.state_dict()["routers"]))
+    held = sum(t.numel() * t.element_size() for t in tensors_in(geometry.state_dict()["routers"]))
     amount, unit = re.search(r"memory: ([\d.]+) (KiB|MiB)", text).groups()
     assert float(amount) * {"KiB": 2**10, "MiB": 2**20}[unit] == pytest.approx(held, rel=0.1)
 
