@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from .checks import check_choice, check_not_negative, check_whole
@@ -178,7 +179,7 @@ class GeometryConfig:
         if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "scale", None)):
             raise ValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(self.grad_scaler).__name__}")
 
-    @property
+    @cached_property
     def routing(self) -> Routing:
         """How the routers route, by this configuration alone."""
         return self._said(Routing())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..observe.statistics import RoutingStatistics
 from ..routers.experts import block_of
 from ..routers.find import RouterSite
+from ..routers.prior import sign_step
 
 # Habits of the field, of the router, of a part of it, or of the block that calls it.
 _NAMES = ("e_score_correction_bias", "expert_bias")
@@ -81,5 +82,4 @@ class SelectionBiases:
         for layer, bias in self._biases.items():
             sums = reduced.layers.get(layer)
             if sums is not None:
-                above_E = sums.counts.mean() - sums.counts
-                bias.add_((self._speed * above_E.sign()).to(bias).view_as(bias))
+                bias.add_(sign_step(sums.counts, bias.reshape(-1), self._speed).view_as(bias))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import GeometryConfig
-from ..routers.gating import ScoreFunction, routing_probabilities
+from ..routers.gating import ScoreFunction, gate_errors
 from .forward import LayerForward, rows
 
 #: Why a router that has a gradient was not seen.
@@ -85,11 +85,10 @@ class Findings:
         other: ScoreFunction = "sigmoid" if ours == "softmax" else "softmax"
         if gates_TK.shape[-1] == 1:
             return
-        share_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+        logits_TE, ids_TK = rows(seen.logits.detach()), rows(seen.ids)
 
         def misfit(scores: ScoreFunction) -> float:
-            p_TK = routing_probabilities(rows(seen.logits.detach()), scores).gather(-1, rows(seen.ids).long())  # type: ignore[arg-type]
-            return float((p_TK / p_TK.sum(dim=-1, keepdim=True) - share_TK).abs().nanmean())
+            return float(gate_errors(logits_TE, ids_TK, gates_TK, scores).nanmean())
 
         if misfit(ours) > 0.02 and misfit(other) < 0.005:
             self._say(

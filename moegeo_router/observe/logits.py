@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..geometry.simplex import widen
 from ..routers.find import RouterSite
-from ..routers.gating import ScoreFunction, routing_probabilities
+from ..routers.gating import ScoreFunction, gate_errors
 from ..routers.router import GeometricRouter
 
 
@@ -113,12 +113,7 @@ def _explained(outputs: Sequence[Tensor], computed: Tensor) -> bool:
     if not len(z_TE):
         return True
     every: tuple[ScoreFunction, ...] = ("softmax", "sigmoid")
-    chosen = [routing_probabilities(z_TE, scores).gather(-1, ids[0].long()) for scores in every]
-    return any(float((_shares(p_TK) - _shares(gates[0].float())).abs().mean()) < 0.02 for p_TK in chosen)
-
-
-def _shares(values_TK: Tensor) -> Tensor:
-    return values_TK / values_TK.sum(dim=-1, keepdim=True)
+    return any(float(gate_errors(z_TE, ids[0], gates[0].float(), scores).mean()) < 0.02 for scores in every)
 
 
 def _looks_like_scores(t: Tensor) -> bool:

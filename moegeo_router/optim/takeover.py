@@ -185,7 +185,6 @@ class RouterSteps:
     def _collect(self, sites: Sequence[RouterSite]) -> list[RouterStack]:
         """Put routers together that can be stepped as one: the same optimizer, group, manifold and shape."""
         held = []
-        self._left = [site for site in sites if not site.weight.requires_grad]
         if adapted := [site.name for site in sites if site.adapted]:
             warnings.warn(
                 f"the routers {', '.join(adapted)} are trained by adapters (LoRA), which your optimizer steps: only "
@@ -204,7 +203,7 @@ class RouterSteps:
                     "or leave its step to the optimizer with GeometryConfig(step=None)"
                 )
             held.append(site)
-        self._left = [site for site in self._left if site not in held]
+        self._left = [site for site in sites if not site.weight.requires_grad and site not in held]
         alike = group_alike(held, self._place, self._together)
         places: dict[Any, tuple[int, int]] = {key: key[0] for key in alike}
         return [

@@ -114,6 +114,21 @@ def top_choices(
     return ids_TK, _weights(log_scores_TE, ids_TK, renormalize)
 
 
+def gate_errors(logits_TE: Tensor, ids_TK: Tensor, gates_TK: Tensor, scores: ScoreFunction) -> Tensor:
+    """Return (T, K): how far the shares of a token's gates are from those that a score function makes of its logits.
+
+    Of both only the ratios count, whatever their scale.
+
+    Args:
+        logits_TE: (T, E) router logits.
+        ids_TK: (T, K) chosen experts.
+        gates_TK: (T, K) their gates, in fp32 or better.
+        scores: the score function.
+    """
+    p_TK = routing_probabilities(logits_TE, scores).gather(-1, ids_TK.long())
+    return (p_TK / p_TK.sum(dim=-1, keepdim=True) - gates_TK / gates_TK.sum(dim=-1, keepdim=True)).abs()
+
+
 def _weights(log_scores_TE: Tensor, ids_TK: Tensor, renormalize: bool) -> Tensor:
     chosen_TK = log_scores_TE.gather(-1, ids_TK)
     return chosen_TK.softmax(dim=-1) if renormalize else chosen_TK.exp()

@@ -304,12 +304,24 @@ class SignBias(_FullPrecision):
     @torch.no_grad()
     def update(self, counts_E: Tensor, *, group: Any = None) -> None:
         """Move the bias by one step; arguments, rests and errors as in ``ExpertPrior.update``."""
-        step_E = self.speed * torch.sign(1 / self.num_experts - _load(counts_E, self.bias, group))
-        self.bias.add_(torch.where(step_E.isfinite(), step_E, 0).to(self.bias))
+        self.bias.add_(sign_step(counts_E, self.bias, self.speed, group))
 
     def extra_repr(self) -> str:
         """Show the size and the speed."""
         return f"num_experts={self.num_experts}, speed={self.speed}"
+
+
+def sign_step(counts_E: Tensor, like_E: Tensor, speed: float, group: Any = None) -> Tensor:
+    """Return the step of loss-free balancing, ``speed · sign(mean n - n)``; 0 for counts that say nothing.
+
+    Args:
+        counts_E: how many tokens chose each expert.
+        like_E: the bias (E,) that is to move.
+        speed: u.
+        group: as in ``SignBias.update``.
+    """
+    step_E = speed * torch.sign(1 / len(like_E) - _load(counts_E, like_E, group))
+    return torch.where(step_E.isfinite(), step_E, 0).to(like_E)
 
 
 def _per_expert(num_experts: int, device: torch.device | str | None) -> Tensor:
