@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.runs import TINY
 from trainers.data.planted import PlantedText
+from trainers.studies.runner import Study
 from trainers.studies.runs import Run
 
 
@@ -100,3 +101,33 @@ def benchmark_rows(
             row["results"] |= {name.replace("__", "/"): values[index] for name, values in results.items()}
         found.append(row)
     return found
+
+
+def study(tmp_path: Path, runs: Sequence[Run], **options: Any) -> Study:
+    return Study(name="test", runs=runs, path=tmp_path / "rows.jsonl", command="a command", **options)
+
+
+def done_at_once(count: int, before: Callable[[], object] = lambda: None) -> type:
+    """Return a class in the place of ``Workers``, whose runs are done at once.
+
+    Args:
+        count: of the runs that are done.
+        before: called before each.
+    """
+
+    class Answers:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            pass
+
+        def outcomes(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for index in range(count):
+                before()
+                yield index, {"status": "done", "results": {"valid/loss": 1.0}, "seconds": 1.0}
+
+    return Answers

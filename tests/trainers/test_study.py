@@ -8,8 +8,6 @@ import os
 import resource
 import subprocess
 import threading
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from scipy import stats
 
 from moegeo_router.loggers import read_jsonl
 from tests.support.runs import tiny
-from tests.support.studies import broken_data, region_row, tiny_run
+from tests.support.studies import broken_data, done_at_once, region_row, study, tiny_run
 from trainers.studies import runner
 from trainers.studies.intervals import mean_interval, paired_difference, share_interval
 from trainers.studies.origin import commit
@@ -307,10 +305,6 @@ def test_settings_are_compared_by_what_the_row_knew(config):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def study(tmp_path, runs, **options) -> Study:
-    return Study(name="test", runs=runs, path=tmp_path / "rows.jsonl", command="a command", **options)
-
-
 def test_a_study_goes_on_whatever_its_runs_do(tmp_path):
     runs = [
         tiny_run("killed", broken_data("killed")),
@@ -352,53 +346,6 @@ def test_a_study_goes_on_whatever_its_runs_do(tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
-def test_no_run_begins_when_the_time_is_up_and_the_same_command_continues(tmp_path, monkeypatch):
-    runs = [tiny_run(str(seed), f"seed={seed}") for seed in range(3)]
-    said: list[str] = []
-    clock = {"now": 0.0}
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
-
-    def late(line: str) -> None:
-        said.append(line)
-        clock["now"] += 100.0 * line.startswith("[")
-
-    # The second has begun when the first is told, and is finished.
-    rows = run_study(study(tmp_path, runs, processes=1, until=50.0), late)
-    assert [row["key"] for row in rows] == ["0", "1"]
-    assert said[-1] == f"the time is up; 2 of 3 runs are in {tmp_path / 'rows.jsonl'}. The same command continues."
-    assert len(run_study(study(tmp_path, runs, processes=1, until=1.0), said.append)) == 2  # it is over already
-    assert len(run_study(study(tmp_path, runs, processes=1), said.append)) == 3
-    assert multiprocessing.active_children() == []
-
-
-def test_the_time_left_weighs_runs_and_counts_what_comes_later(tmp_path, monkeypatch):
-    class Answers:
-        """Workers that are done at once."""
-
-        def __init__(self, *arguments):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def outcomes(self):
-            for index in range(2):
-                clock["now"] += 10.0
-                yield index, {"status": "done", "results": {"valid/loss": 1.0}, "seconds": 1.0}
-
-    clock = {"now": 0.0}
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
-    monkeypatch.setattr(runner, "Workers", Answers)
-    runs = [replace(tiny_run("short"), weight=1.0), replace(tiny_run("long", "seed=1"), weight=4.0)]
-    said: list[str] = []
-    run_study(study(tmp_path, runs, later=5.0), said.append)
-    # 10 s for 1 of 10; 20 s for 5 of 10.
-    assert [line.split("; ")[-1] for line in said if line.startswith("[")] == ["1 min 30 s left", "0 min 20 s left"]
-
-
 def test_ctrl_c_says_how_to_continue_and_a_full_disk_ends_the_study(tmp_path, monkeypatch):
     runs = [tiny_run(str(seed), f"seed={seed}") for seed in range(3)]
     said: list[str] = []
@@ -424,23 +371,8 @@ def test_rows_that_cannot_be_written_end_the_study_in_one_line(tmp_path, monkeyp
     def full(self, row):
         raise OSError(28, "No space left on device")
 
-    class Answers:
-        """Workers that are done at once."""
-
-        def __init__(self, *arguments):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def outcomes(self):
-            yield 0, {"status": "done", "results": {"valid/loss": 1.0}, "seconds": 1.0}
-
     monkeypatch.setattr(RowsFile, "append", full)
-    monkeypatch.setattr(runner, "Workers", Answers)
+    monkeypatch.setattr(runner, "Workers", done_at_once(1))
     with pytest.raises(StudyError, match=r"cannot write to .*rows\.jsonl: No space left on device; the rows before"):
         run_study(study(tmp_path, [tiny_run("a")], fresh=True), lambda line: None)
 
