@@ -7,50 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import moegeo_router as mg
 
-VOCABULARY, LENGTH, EXPERTS = 31, 8, 4
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from . import tiny_transformers
+from .tiny_families import VOCABULARY
+
+LENGTH = 8
 #: Strong enough to be seen in the weights after a few steps.
 STRONG = mg.Regularizers(fsi=1.0, z=0.1)
 
 
 def build(family: str = "Qwen3Moe", **options: Any) -> Any:
-    torch.manual_seed(0)
-    model: Any
-    if family == "Qwen3Moe":
-        sizes = SIZES | {"num_experts": EXPERTS, "moe_intermediate_size": 24}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | options))
-    else:
-        model = MixtralForCausalLM(MixtralConfig(**SIZES | {"num_local_experts": EXPERTS} | options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate.weight"):
-                parameter.normal_(std=0.3)
-    return model
+    return tiny_transformers.build(family, **options)
 
 
 def examples(count: int = 16, padded: bool = False) -> list[dict[str, Tensor]]:
