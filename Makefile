@@ -27,7 +27,7 @@ demo-rescue: setup  ## a run that is made to collapse and is repaired, beside th
 	$(BIN)/python -m trainers.rescue
 
 test: setup  ## the quick suite, in two processes of one thread each
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-transformers4: setup  ## the families of transformers 4.57, in a folder of its own (build/transformers4)
 	$(BIN)/python -m pytest -m slow tests/integrations/test_transformers4.py
