@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch", "geoopt", "moegeo_router", "pytest"]
+
 
 def on_two_ranks(function: Callable[..., None], folder: Path, *arguments: object) -> None:
     """Run ``function(rank, *arguments)``, importable by name, on two ranks; an error on either is raised here."""
-    mp.spawn(_in_a_group, args=(str(folder / "store"), function, arguments), nprocs=2)
+    # Forked from a process that has done no more than import what takes seconds, once for all tests.
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(
+        _in_a_group, args=(str(folder / "store"), function, arguments), nprocs=2, start_method="forkserver"
+    )
 
 
 def _in_a_group(rank: int, store: str, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
