@@ -19,7 +19,7 @@ from tests.support.runs import (
     train_rows,
     write_texts,
 )
-from tests.support.wandb_offline import find_runs, read_run
+from tests.support.wandb_offline import find_runs, read_finished_run
 from tests.trainers.data.conftest import write_wikipedia
 from trainers import checkpoint
 from trainers.build import run_command
@@ -343,7 +343,7 @@ def test_wandb_holds_what_jsonl_holds_and_a_continuation_is_the_same_run(tmp_pat
         train(config)
     train(config)
     assert "wandb sync" in capsys.readouterr().out
-    first, second = (read_run(path) for path in find_runs(tmp_path / "run"))
+    first, second = (read_finished_run(path) for path in find_runs(tmp_path / "run"))
     assert first.run_id == second.run_id
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert first.project == "moegeo-router"
