@@ -88,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("tier", choices=[*TIERS], metavar="TIER", help=f"{', '.join(TIERS)}")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of the tier (all); of cpu: " + _tasks("cpu"))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
-    parser.add_argument(
-        "--seeds", type=int, help="of ours and the best linear baseline (10; smoke 1); others 5 at most"
-    )
+    parser.add_argument("--seeds", type=int, help="of ours and the linear baselines (10; smoke 1); others 5 at most")
     parser.add_argument(
         "--slice", type=float, metavar="MINUTES", help="begin no run after so many minutes (gpu: 20; else no limit)"
     )

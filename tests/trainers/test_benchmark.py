@@ -25,11 +25,12 @@ from trainers.studies.benchmark import (
     TOY,
     TUNING_SEED,
     main_runs,
+    seeds_of,
     settings,
     tuning_runs,
 )
 from trainers.studies.benchmark_stages import Benchmark
-from trainers.studies.benchmark_tuning import choices, reference, seeds_of
+from trainers.studies.benchmark_tuning import choices, reference
 from trainers.studies.rows import read_rows
 from trainers.studies.runs import DataCache, Run, StudyError, configurations, train_run
 from trainers.train import train
@@ -93,12 +94,12 @@ def test_dense_and_soft_take_their_size_from_the_task_whatever_the_tier():
 
 
 def test_steps_of_the_cpu_tier_are_those_of_the_experiments():
-    for name in ("language", "planted"):
+    for name, share in (("language", 1 / 8), ("planted", 1 / 2)):
         run = main_runs(CPU, name, {"dense": {}}, {"dense": 1})[0]
         alone = Run("x", [f"experiment=benchmark/{name}", "seed=0", "arm=dense"], {})
         ours, theirs, tuned = configurations([run, alone, tuning_runs(CPU, name, "dense")[0]])
         assert ours == theirs | {"geometry": ours["geometry"]}
-        assert tuned["loop"]["steps"] == ours["loop"]["steps"] / 8
+        assert tuned["loop"]["steps"] == ours["loop"]["steps"] * share
     for task in CPU.tasks.values():
         path = CONFIGS / "experiment" / "benchmark" / f"{task.experiment}.yaml"
         assert "steps:" not in path.read_text() or f"steps: {task.steps}\n" in path.read_text()
@@ -128,6 +129,17 @@ def test_every_arm_is_tuned_on_the_same_budget(arm):
     runs = tuning_runs(CPU, "language", arm)
     assert all({"loop.steps=195", f"seed={TUNING_SEED}"} <= {*run.overrides} for run in runs)
     assert len({run.key for run in runs}) == 6
+
+
+def test_images_that_choose_settings_are_not_those_that_judge():
+    for name in ("fashion_mnist", "cifar10"):
+        tuned, judged = configurations(
+            [tuning_runs(CPU, name, "dense")[0], main_runs(CPU, name, {"dense": {}}, {"dense": 1})[0]]
+        )
+        assert (tuned["data"]["split"], judged["data"]["split"]) == ("valid", "test")
+        assert judged["data"]["valid_images"] is None  # all of them
+        assert {*judged["probes"]} == {"noise10", "noise20", "blur", "contrast", "rotation"}
+        assert not tuned.get("probes")
 
 
 def rows(losses: dict[str, list[float | None]], task: str = "planted") -> list[dict[str, Any]]:
@@ -161,20 +173,20 @@ def test_the_least_loss_is_chosen_once_all_are_there():
 
 
 def test_what_the_question_is_about_comes_first_and_has_more_seeds():
-    found = choices(CPU, "planted", rows({arm: [1.0 - 0.1 * (arm == "linear_z")] * 6 for arm in ARMS}))
-    first, rest = seeds_of(CPU, found, tuple(ARMS))
-    ours = [arm for arm in ARMS if ARMS[arm].ours]
-    assert first == dict.fromkeys(["linear_z", *ours], 10)
-    assert rest == dict.fromkeys([arm for arm in ARMS if arm not in first], 5)
-    assert {*first} < {*LEADING}
+    found = choices(CPU, "planted", rows({arm: [1.0] * 6 for arm in ARMS}))
+    counts = seeds_of(CPU, tuple(ARMS))
+    assert {*LEADING} == {arm for arm in ARMS if ARMS[arm].ours or ARMS[arm].linear}
+    assert counts == {arm: 10 if arm in LEADING else 5 for arm in ARMS}
+    first = seeds_of(CPU, LEADING)
     runs = main_runs(CPU, "planted", {arm: found[arm].setting for arm in first}, first)
-    assert [run.key for run in runs[:6]] == [
-        *(f"planted/{arm}/seed0" for arm in ("linear_z", *ours)),
-        "planted/linear_z/seed1",
+    assert [run.key for run in runs[:8]] == [
+        *(f"planted/{arm}/seed0" for arm in LEADING),
+        "planted/linear_switch/seed1",
     ]
-    assert len(runs) == 50
+    assert len(runs) == 70
     assert f"seed={TUNING_SEED}" not in {override for run in runs for override in run.overrides}
-    assert seeds_of(CPU, found, ["dense", "polar_natural"], 2) == ({"polar_natural": 2}, {"dense": 2})
+    assert seeds_of(CPU, ["dense", "polar_natural"], 2) == {"polar_natural": 2, "dense": 2}
+    assert seeds_of(CPU, ["dense", "polar_natural"], 7) == {"polar_natural": 7, "dense": 5}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -309,7 +321,7 @@ def test_an_arm_that_does_not_compose_and_one_that_diverges_leave_the_others_alo
     benchmark = Benchmark(tier=SMOKE, out=tmp_path, command="", tasks=["planted"], arms=arms, say=said.append)
     benchmark.run()
     assert [line for line in said if line.startswith("error")] == [
-        "error: arm soft is left out: x: In 'train': Could not find 'router/none'"
+        "error: arm soft of planted is left out: x: In 'train': Could not find 'router/none'"
     ]
     found = read_rows(tmp_path / "planted" / "rows.jsonl")
     assert [(row["labels"]["arm"], row["labels"]["phase"], row["status"]) for row in found] == [

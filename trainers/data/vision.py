@@ -19,6 +19,8 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 # Our copy of CIFAR-10: 1,000 lossless 32x32 tiles a file, 20 rows of 50.
 TILE, TILE_ROWS, TILE_COLUMNS = 32, 20, 50
 TRAIN_FILES, TEST_FILES = 25, 10
+# Of the train images, the last so many are those that settings are chosen by.
+CHOOSING = 5000
 
 
 class ImageOptions(TypedDict, total=False):
@@ -95,11 +97,12 @@ def digits(*, valid_fraction: float = 0.2, **options: Unpack[ImageOptions]) -> I
     return image_data("digits", train, valid, tuple(map(str, range(10))), options)
 
 
-def fashion_mnist(*, root: str | None = None, **options: Unpack[ImageOptions]) -> ImageData:
+def fashion_mnist(*, root: str | None = None, split: str = "test", **options: Unpack[ImageOptions]) -> ImageData:
     """Fashion-MNIST: 60,000 + 10,000 grey 1x28x28 images, from the four official .gz files under fashion-mnist/.
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
+        split: as in ``sides``.
         **options: of ``ImageData``.
 
     Returns:
@@ -109,12 +112,41 @@ def fashion_mnist(*, root: str | None = None, **options: Unpack[ImageOptions]) -
         ValueError: if no root is given, a file is damaged, or an option is out of range.
         FileNotFoundError: if a file is missing.
     """
-    splits = []
-    for split in ("train", "t10k"):
-        pixels = read_idx(data_file(root, f"fashion-mnist/{split}-images-idx3-ubyte.gz"), dimensions=3)
-        classes = read_idx(data_file(root, f"fashion-mnist/{split}-labels-idx1-ubyte.gz"), dimensions=1)
-        splits.append(labelled(pixels[:, None], classes))
-    return image_data("fashion_mnist", splits[0], splits[1], FASHION, options)
+    parts = []
+    for part in ("train", "t10k"):
+        pixels = read_idx(data_file(root, f"fashion-mnist/{part}-images-idx3-ubyte.gz"), dimensions=3)
+        classes = read_idx(data_file(root, f"fashion-mnist/{part}-labels-idx1-ubyte.gz"), dimensions=1)
+        parts.append(labelled(pixels[:, None], classes))
+    return image_data("fashion_mnist", *sides(parts[0], parts[1], split), FASHION, options)
+
+
+def sides(train: Images, test: Images, split: str) -> tuple[Images, Images]:
+    """Choose what is trained on and what is held out.
+
+    Args:
+        train: a set's own train images.
+        test: a set's own test images.
+        split: what is held out: "test", the test images; "valid", the last 5,000 train images, which are then not
+            trained on, to choose settings without a look at the test images.
+
+    Returns:
+        The train side and the held-out side.
+
+    Raises:
+        ValueError: another split, or too few images for it.
+    """
+    if split not in ("test", "valid"):
+        raise ValueError(f"split: expected 'test' or 'valid', got {split!r}")
+    if split == "test":
+        return train, test
+    kept = len(train.pixels) - CHOOSING
+    if kept < 1:
+        raise ValueError(f"split: expected more than {CHOOSING} train images for 'valid', got {len(train.pixels)}")
+    before, after = (
+        Images(pixels=train.pixels[part], classes=train.classes[part], domains=train.domains[part])
+        for part in (slice(kept), slice(kept, None))
+    )
+    return before, after
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -144,11 +176,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(bytearray(data), np.uint8, offset=header).reshape(shape)
 
 
-def cifar10(*, root: str | None = None, **options: Unpack[ImageOptions]) -> ImageData:
+def cifar10(*, root: str | None = None, split: str = "test", **options: Unpack[ImageOptions]) -> ImageData:
     """CIFAR-10, first half of train: 25,000 + 10,000 colour 3x32x32 images, from cifar10/*.webp.
 
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
+        split: as in ``sides``.
         **options: of ``ImageData``.
 
     Returns:
@@ -164,12 +197,12 @@ def cifar10(*, root: str | None = None, **options: Unpack[ImageOptions]) -> Imag
             labels = {"train": archive["train_labels"], "test": archive["test_labels"]}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path.name}: expected arrays train_labels and test_labels, got {error}") from error
-    splits = []
-    for split, files in (("train", TRAIN_FILES), ("test", TEST_FILES)):
-        tiles = [read_tiles(data_file(root, f"cifar10/{split}_{i:02d}.webp")) for i in range(files)]
+    parts = []
+    for part, files in (("train", TRAIN_FILES), ("test", TEST_FILES)):
+        tiles = [read_tiles(data_file(root, f"cifar10/{part}_{i:02d}.webp")) for i in range(files)]
         pixels = np.concatenate(tiles)
-        splits.append(labelled(pixels, labels[split][: len(pixels)]))
-    return image_data("cifar10 (first half of train)", splits[0], splits[1], CIFAR10, options)
+        parts.append(labelled(pixels, labels[part][: len(pixels)]))
+    return image_data("cifar10 (first half of train)", *sides(parts[0], parts[1], split), CIFAR10, options)
 
 
 def read_tiles(path: Path) -> np.ndarray:

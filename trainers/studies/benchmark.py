@@ -73,7 +73,9 @@ class Task:
         rising: whether more of the first metric is better (accuracy).
         files: what must be there, one of each data set, under the folder of the data sets.
         size: overrides that make it larger or smaller than the experiment.
+        tuning: overrides of the tuning runs alone.
         steps: of a run.
+        share: length of a tuning run in runs.
         rates: learning rates that are tried, ascending.
         seconds: of one run of a plain mixture, about; for the time left.
         observed: further results and their headings.
@@ -85,7 +87,9 @@ class Task:
     rising: bool = False
     files: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
+    tuning: tuple[str, ...] = ()
     steps: int
+    share: float = 0.125
     rates: tuple[float, float, float] = (0.002, 0.004, 0.008)
     seconds: float
     observed: Mapping[str, str] = field(default_factory=dict)
@@ -124,8 +128,9 @@ _VISION = Task(
     metrics=_ACCURACY,
     rising=True,
     files=("fashion-mnist/train-images-idx3-ubyte.gz",),
+    tuning=("data.split=valid",),  # no look at the test images
     steps=1000,
-    seconds=85,
+    seconds=100,
 )
 _PLANTED = Task(
     title="Planted Markov sources, nats a token",
@@ -136,6 +141,7 @@ _PLANTED = Task(
         "valid/recovery_ami": "adjusted mutual information",
     },
     steps=400,
+    share=0.5,  # of short runs
     seconds=15,
 )
 
@@ -147,7 +153,7 @@ CPU_TASKS: Mapping[str, Task] = {
         title="CIFAR-10 (first half of train), accuracy",
         experiment="cifar10",
         files=("cifar10/labels.npz",),
-        seconds=125,
+        seconds=150,
     ),
     "multidomain": replace(
         _LANGUAGE,
@@ -169,7 +175,7 @@ def _size(experts: int, top_k: int, hidden: int) -> tuple[str, ...]:
 
 def _smoke(task: Task, title: str, *size: str) -> Task:
     toy = ("model.dim=16", "model.heads=2", *_size(4, 2, 16), *size)
-    return replace(task, title=title, files=(), size=toy, steps=8, seconds=0.5)
+    return replace(task, title=title, files=(), size=toy, tuning=(), steps=8, share=0.5, seconds=0.5)
 
 
 #: Small data that every installation has.
@@ -219,7 +225,7 @@ def _toy(name: str, task: Task) -> Task:
         *("model.layers=2", "model.dim=32", "model.heads=2", "data.valid_tokens=2048"),
         *("size.expert_hidden=8", f"size.dense_hidden={8 * GPU_TOP_K[name]}"),
     )
-    return replace(task, title=f"Toy of {name}", files=(), size=(*task.size, *toy), steps=8, seconds=0.5)
+    return replace(task, title=f"Toy of {name}", files=(), size=(*task.size, *toy), steps=8, share=0.5, seconds=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,10 +235,9 @@ class Tier:
     Attributes:
         name: in the rows; rows of another tier are refused.
         tasks: by name, in their order.
-        seeds: of ours and the best linear baseline.
+        seeds: of ours and the linear baselines.
         others: seeds of the other arms, at most.
         candidates: tuning runs of an arm.
-        share: length of a tuning run in runs.
         processes: side by side.
         leading_first: whether the other arms wait until those that decide the question are done in all tasks.
         minutes: after which no run begins unless another slice is asked for; None: no limit.
@@ -243,7 +248,6 @@ class Tier:
     seeds: int = 10
     others: int = 5
     candidates: int = CANDIDATES
-    share: float = 0.125
     processes: int = 2
     leading_first: bool = True
     minutes: float | None = None
@@ -261,7 +265,6 @@ TIERS: Mapping[str, Tier] = {
         seeds=1,
         others=1,
         candidates=2,
-        share=0.5,
         processes=1,
         leading_first=False,  # to start few processes
     ),
@@ -278,7 +281,6 @@ TOY = replace(
     seeds=1,
     others=1,
     candidates=2,
-    share=0.5,
     leading_first=False,
 )
 
@@ -300,17 +302,29 @@ def settings(arm: Arm, task: Task, candidates: int = CANDIDATES) -> list[Setting
 
 def tuning_runs(tier: Tier, task: str, arm: str) -> list[Run]:
     """Return the tuning runs of an arm in a task."""
-    found, steps = ARMS[arm], max(1, round(tier.share * tier.tasks[task].steps))
-    weight = tier.share * tier.tasks[task].seconds * found.weight
+    found, chosen = ARMS[arm], tier.tasks[task]
+    steps, weight = max(1, round(chosen.share * chosen.steps)), chosen.share * chosen.seconds * found.weight
     return [
         Run(
             f"{task}/tuning/{arm}/{'/'.join(f'{key}={value:g}' for key, value in setting.items())}",
-            [*_common(tier.tasks[task], arm, TUNING_SEED, steps), "probes=[]", *_overrides(setting)],
+            [*_common(chosen, arm, TUNING_SEED, steps), *chosen.tuning, "probes=[]", *_overrides(setting)],
             {"task": task, "arm": arm, "phase": "tuning", "setting": dict(setting)},
             weight,
         )
-        for setting in settings(found, tier.tasks[task], tier.candidates)
+        for setting in settings(found, chosen, tier.candidates)
     ]
+
+
+def seeds_of(tier: Tier, arms: Sequence[str], seeds: int | None = None) -> dict[str, int]:
+    """Return how many runs of each arm are judged, in the order in which they begin.
+
+    Args:
+        tier: says how many.
+        arms: those that are wanted.
+        seeds: of those that decide the question; None: the tier's.
+    """
+    many = tier.seeds if seeds is None else seeds
+    return {arm: many if arm in LEADING else min(many, tier.others) for arm in ARMS if arm in arms}
 
 
 def main_runs(tier: Tier, task: str, choices: Mapping[str, Setting], seeds: Mapping[str, int]) -> list[Run]:

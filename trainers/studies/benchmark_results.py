@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from trainers.studies.benchmark import ARMS, Task, Tier
-from trainers.studies.benchmark_tuning import Choice, choices, reference, seeds_of
+from trainers.studies.benchmark import ARMS, Task, Tier, seeds_of
+from trainers.studies.benchmark_tuning import Choice, choices, reference
 from trainers.studies.intervals import Equivalence, Interval, equivalence, mean_interval, paired_difference
 from trainers.studies.rows import Row, by_seed
 
@@ -103,9 +103,7 @@ def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = N
         seeds: as in ``seeds_of``.
     """
     found = choices(tier, task, rows)
-    first, rest = seeds_of(tier, found, tuple(ARMS), seeds)
-    counts = first | rest
-    return Results(tier.tasks[task], rows, found, reference(found), {arm: counts[arm] for arm in ARMS})
+    return Results(tier.tasks[task], rows, found, reference(found), seeds_of(tier, tuple(ARMS), seeds))
 
 
 def _max_violation(rows: Sequence[Row]) -> dict[int, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainers.data.base import data_file
-from trainers.studies.benchmark import ARMS, LEADING, Task, Tier, main_key, main_runs, tuning_runs
-from trainers.studies.benchmark_tuning import Choice, choices, seeds_of
+from trainers.studies.benchmark import ARMS, LEADING, Task, Tier, main_key, main_runs, seeds_of, tuning_runs
+from trainers.studies.benchmark_tuning import choices
 from trainers.studies.rows import Row, read_rows
 from trainers.studies.runner import Study, run_study
 from trainers.studies.runs import Run, StudyError, configurations
@@ -65,7 +65,7 @@ class Benchmark:
     say: Callable[[str], None] = print
     broken: list[str] = field(default_factory=list)
     _begun: set[str] = field(default_factory=set)
-    _missing: set[str] = field(default_factory=set)
+    _missing: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.tasks = list(dict.fromkeys(self.tasks or self.tier.tasks))
@@ -111,7 +111,7 @@ class Benchmark:
             leading: as in ``Stage``.
         """
         found = choices(self.tier, task, self.rows(task))
-        counts = {arm: count for arm, count in self._seeds(found, leading).items() if arm in found}
+        counts = {arm: count for arm, count in self._seeds(task, leading).items() if arm in found}
         return main_runs(self.tier, task, {arm: found[arm].setting for arm in counts}, counts)
 
     def _stage(self, stage: Stage, later: Sequence[Stage]) -> None:
@@ -149,26 +149,25 @@ class Benchmark:
     def _tuning_runs(self, stage: Stage) -> list[Run]:
         return [
             run
-            for arm in self._arms(stage.leading)
+            for arm in self._arms(stage.task, stage.leading)
             if self._composes(stage.task, arm)
             for run in tuning_runs(self.tier, stage.task, arm)
         ]
 
-    def _arms(self, leading: bool | None) -> list[str]:
+    def _arms(self, task: str, leading: bool | None) -> list[str]:
         wanted = [arm for arm in self.arms if leading is None or (arm in LEADING) == leading]
-        return [arm for arm in wanted if arm not in self._missing]
+        return [arm for arm in wanted if (task, arm) not in self._missing]
 
-    def _seeds(self, found: Mapping[str, Choice], leading: bool | None) -> dict[str, int]:
-        first, rest = seeds_of(self.tier, found, self.arms, self.seeds)
-        return first | rest if leading is None else first if leading else rest
+    def _seeds(self, task: str, leading: bool | None) -> dict[str, int]:
+        return seeds_of(self.tier, self._arms(task, leading), self.seeds)
 
     def _composes(self, task: str, arm: str) -> bool:
         """Whether an arm's configuration can be; if not, it is said, and the others go on."""
         try:
             configurations(tuning_runs(self.tier, task, arm)[:1])
         except StudyError as error:
-            self._missing.add(arm)
-            self.say(f"error: arm {arm} is left out: {error}")
+            self._missing.add((task, arm))
+            self.say(f"error: arm {arm} of {task} is left out: {error}")
             return False
         return True
 
@@ -181,17 +180,16 @@ class Benchmark:
         except StudyError:
             return {}
         there = {row["key"] for row in rows}
-        return {key: weight for key, weight in self._expected(stage, rows) if key not in there}
+        return {key: weight for key, weight in self._expected(stage) if key not in there}
 
-    def _expected(self, stage: Stage, rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
+    def _expected(self, stage: Stage) -> Iterator[tuple[str, float]]:
         if stage.tuning:
-            for arm in self._arms(stage.leading):
+            for arm in self._arms(stage.task, stage.leading):
                 yield from ((run.key, run.weight) for run in tuning_runs(self.tier, stage.task, arm))
             return
-        for arm, count in self._seeds(choices(self.tier, stage.task, rows), stage.leading).items():
-            if arm not in self._missing:
-                weight = self.tier.tasks[stage.task].seconds * ARMS[arm].weight
-                yield from ((main_key(stage.task, arm, seed), weight) for seed in range(count))
+        for arm, count in self._seeds(stage.task, stage.leading).items():
+            weight = self.tier.tasks[stage.task].seconds * ARMS[arm].weight
+            yield from ((main_key(stage.task, arm, seed), weight) for seed in range(count))
 
 
 def _known(names: Sequence[str], there: Mapping[str, object], what: str) -> Sequence[str]:

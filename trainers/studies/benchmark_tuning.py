@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainers.studies.benchmark import ARMS, LEADING, Setting, Tier, tuning_runs
+from trainers.studies.benchmark import ARMS, Setting, Tier, tuning_runs
 from trainers.studies.rows import Row
 
 
@@ -62,21 +62,3 @@ def reference(found: Mapping[str, Choice]) -> str | None:
     """
     linear = [arm for arm in found if ARMS[arm].linear]
     return min(linear, key=lambda arm: found[arm].loss, default=None)
-
-
-def seeds_of(
-    tier: Tier, found: Mapping[str, Choice], arms: Sequence[str], seeds: int | None = None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return how many seeds each arm has: those that decide the question, and the others; each in its order.
-
-    Args:
-        tier: says how many.
-        found: as from ``choices``.
-        arms: those that are wanted.
-        seeds: of the first ones; None: the tier's.
-    """
-    many = tier.seeds if seeds is None else seeds
-    best = reference(found)
-    first = [arm for arm in LEADING if arm in arms and (arm == best or ARMS[arm].ours)]
-    rest = [arm for arm in ARMS if arm in arms and arm not in first]
-    return dict.fromkeys(first, many), {arm: min(many, tier.others) for arm in rest}

@@ -186,6 +186,19 @@ def test_cifar10_tiles_are_in_the_official_order(root):
     assert "first half of train" in data.describe()
 
 
+def test_settings_are_chosen_by_train_images_that_are_not_trained_on(root):
+    whole, choosing = (cifar10(root=str(root), split=split) for split in ("test", "valid"))
+    assert (len(choosing._train), len(choosing._valid)) == (20_000, 5_000)
+    assert torch.equal(torch.cat([choosing._train.pixels, choosing._valid.pixels]), whole._train.pixels)
+    assert torch.equal(torch.cat([choosing._train.classes, choosing._valid.classes]), whole._train.classes)
+    assert torch.equal(choosing._valid.domains, choosing._valid.classes)
+    assert choosing.fingerprint != whole.fingerprint
+    with pytest.raises(ValueError, match="split: expected 'test' or 'valid', got 'train'"):
+        cifar10(root=str(root), split="train")
+    with pytest.raises(ValueError, match="split: expected more than 5000 train images for 'valid', got 40"):
+        fashion_mnist(root=str(root), split="valid")
+
+
 def test_tiles_are_not_transposed(tmp_path):
     """Within a tile the order of rows and columns is kept."""
     from PIL import Image
