@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ class Evaluation:
         accuracy: share of targets predicted first.
         domain_loss: mean cross-entropy by domain.
         layers: scalars of each MoE layer (``RoutingRecord.layers``).
+        domain_targets: how many targets each domain has.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Evaluation:
     accuracy: float
     domain_loss: dict[str, float]
     layers: dict[str, dict[str, float]]
+    domain_targets: dict[str, int] = field(default_factory=dict)
 
     def scalars(self, per_layer: bool = False) -> dict[str, float]:
         """Return flat keys for the log: ``valid/loss`` …, ``valid/geometry/fsi`` … (``over_layers``).
@@ -110,15 +112,15 @@ def evaluate(
         raise ValueError(f"the held-out split of {data.name} has no targets")
     loss_T, domain_T = torch.cat(losses).double(), torch.cat(domains)
     loss = float(loss_T.mean())
+    targets = {name: int((domain_T == index).sum()) for index, name in enumerate(data.domains)}
     bytes_per_token = getattr(data, "bytes_per_token", None)
     return Evaluation(
         loss=loss,
         bits_per_byte=None if bytes_per_token is None else loss / math.log(2) / bytes_per_token,
         accuracy=float(torch.cat(correct).double().mean()),
         domain_loss={
-            name: float(loss_T[domain_T == index].mean())
-            for index, name in enumerate(data.domains)
-            if bool((domain_T == index).any())
+            name: float(loss_T[domain_T == index].mean()) for index, name in enumerate(data.domains) if targets[name]
         },
         layers=record.layers(len(data.domains), planted=getattr(data, "planted", False)),
+        domain_targets=targets,
     )

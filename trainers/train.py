@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -138,7 +139,7 @@ def _saved_run(directory: Path, resume: str) -> Checkpoint | None:
 
 
 def _check_same_run(config: dict[str, Any], saved: dict[str, Any]) -> None:
-    now, then = _flat(config), _flat(saved)
+    now, then = flat_settings(config), flat_settings(saved)
     changed = [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted(then)  # a key that came later did not exist then
@@ -150,10 +151,11 @@ def _check_same_run(config: dict[str, Any], saved: dict[str, Any]) -> None:
         )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration with names like ``loop.steps``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

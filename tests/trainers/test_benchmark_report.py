@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.support.studies import benchmark_rows
+from tests.support.studies import benchmark_rows, decision
 from trainers.studies.benchmark import ARMS, TIERS, main_runs, tuning_runs
 from trainers.studies.benchmark_report import write_benchmark
-from trainers.studies.benchmark_results import loss_at, results_of, tokens_to
+from trainers.studies.benchmark_results import loss_at, mixed, results_of, smoothed, tokens_to
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.intervals import equivalence, mean_interval
 from trainers.studies.rows import RowsFile
@@ -89,6 +89,13 @@ def test_between_its_points_a_curve_is_straight():
     assert tokens_to(curve, 2.0) is None
 
 
+def test_noise_is_averaged_away_before_a_target_is_looked_for():
+    curve = [(float(index), 1.0 if index == 3 else 5.0) for index in range(12)]
+    found = smoothed(curve)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in curve]
+    assert [loss for _, loss in found[:9]] == pytest.approx([5, 5, 5, 4, 4.2, 4.2, 4.2, 4.2, 5])
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +160,11 @@ def cells(text: str, arm: str, table: int = 0) -> list[str]:
 def test_report_says_what_the_rows_say(tmp_path):
     rows = rows_of()
     text = written(tmp_path, rows)
-    baseline = "The baseline is linear, loss-free bias. (In the runs below linear, Switch loss has the better mean.)"
-    assert baseline in text
+    assert "The baseline is linear, loss-free bias, of 2 that are tuned." in text
+    assert "In these runs linear, Switch loss is the best linear baseline. Compared with it:" in text
+    behind, *_, verdict = cells(text, "polar_natural", 1)
+    assert behind == "+0.0499 ± 0.0004 (5)"
+    assert verdict == "worse (too few pairs)"
     runs, mean, difference, percent, p, verdict = cells(text, "polar_natural")
     ours, theirs = (
         [
@@ -172,27 +182,98 @@ def test_report_says_what_the_rows_say(tmp_path):
     assert percent in ("+0.00", "-0.00", "-0.01")
     assert cells(text, "linear_bias")[-1] == "the baseline"
     assert cells(text, "linear_switch")[-1] == "better"
+    assert cells(text, "linear_switch")[0] == "5 of 10 (5 missing)"
     assert cells(text, "hash")[0] == "4 of 5 (1 missing)"
     assert cells(text, "hash")[-1] == "worse"
     assert cells(text, "dense")[0] == "4 of 5 (1 without a result)"
     assert cells(text, "soft") == ["0 of 5 (5 missing)", "-", "-", "-", "-", "missing"]
     assert "- planted/dense/seed1: diverged, NaN or inf at step 3" in text
-    assert "Tasks without rows: language, fashion_mnist, cifar10, multidomain." in text
+    missing = "".join(f"- {task}: no rows\n" for task in ("language", "fashion_mnist", "cifar10", "multidomain"))
+    assert text.endswith(f"## Missing\n\n{missing}")
+    assert "2 layers of width 96, 8 experts, top-2; 390 steps of 8 windows of 128 tokens; all held-out tokens." in text
+    assert "- seeds: 10; 34 runs, 20 s each\n- besides: 30 tuning runs\n" in text
 
 
 def test_report_has_routing_speed_and_tuning(tmp_path):
     text = written(tmp_path, rows_of())
-    assert cells(text, "polar_natural", 1) == ["0.7500 ± 0.0000 (+0.0000 ± 0.0000)", "-"]
-    violation, dead, *_, speed, step, tokens = cells(text, "polar_natural", 2)
-    assert (violation, dead, speed) == ("0.3000 ± 0.0000", "2.0000 ± 0.0000", "2,000")
+    assert cells(text, "polar_natural", 2) == ["0.7500 ± 0.0000 (+0.0000 ± 0.0000, equivalent)", "-"]
+    violation, dead, *_, speed, step, tokens = cells(text, "polar_natural", 3)
+    assert (violation, dead, speed) == ("0.3000 ± 0.0000", "2.0 ± 0.0", "2,000")
     # 1,600 tokens a second are to 2,000 as 0.8 to 1; a curve twice as steep is there in half of the tokens.
     assert (step, tokens) == ("0.80 ± 0.00", "0.50 ± 0.00")
-    assert cells(text, "hash", 2)[-1] == "-, 4 never"
-    assert cells(text, "dense", 2)[0] == "-"
-    chosen, loss, tried = cells(text, "hash", 3)
-    assert (chosen, loss) == ("lr 0.0028", "2.000")
-    assert tried.count(";") == 5
-    assert cells(text, "soft", 3) == ["missing", "-", "-"]
+    assert cells(text, "hash", 2)[-1] == "not reached in 4 of 4"
+    assert cells(text, "dense", 1) == ["-", "-"]  # nothing is chosen there: no recovery, no balance
+    assert cells(text, "dense", 2)[:4] == ["-"] * 4
+    assert cells(text, "hash", 3) == ["2.200", "2.100", "**2.000**", "2.100", "2.200", "2.300", ""]
+    assert "| arm | lr 0.0014 | lr 0.002 | lr 0.0028 | lr 0.004 | lr 0.0057 | lr 0.008 | |" in text
+    assert "Not tuned: linear, Switch loss and z-loss; " in text
+
+
+def test_what_a_controller_did_not_do_is_said(tmp_path):
+    rows = [row for row in rows_of(ours=0.0) if row["labels"]["arm"] != "polar_natural_act"]
+    setting = {"optimizer.lr": 0.002, "geometry.regularizers.balance": 0.001}
+    runs = main_runs(CPU, "planted", {"polar_natural_act": setting}, {"polar_natural_act": 4})
+    theirs = [row["results"]["valid/loss"] for row in rows if row["key"].startswith("planted/polar_natural/seed")]
+    acting = benchmark_rows(CPU, runs, [*theirs[:3], 1.0])
+    for row in acting:
+        row["configuration"] = row["configuration"] | {"geometry": {"controller": "act"}}
+    acting[3]["events"] = [decision(9, "apply", "revive"), decision(20, "apply", "revive")]
+    text = written(tmp_path, rows + acting)
+    assert (
+        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders: revive); "
+        "3 runs end with the very numbers of ours: polar, natural gradient." in text
+    )
+
+
+def test_domains_with_little_text_have_a_star_and_edges_are_said(tmp_path):
+    rows = rows_of("multidomain")
+    for row in rows:
+        if row["labels"]["phase"] == "main" and row["status"] == "done":
+            row["results"] |= {"valid/bits_per_byte": 2.0, "valid/domain/go/loss": 1.5, "valid/domain/go/targets": 1999}
+            row["results"] |= {"valid/domain/maths/loss": 1.25, "valid/domain/maths/targets": 2000}
+    for row in rows:
+        if row["labels"]["arm"] == "hash" and row["labels"]["phase"] == "tuning":
+            row["results"]["valid/loss"] = 10 - 100 * row["labels"]["setting"]["optimizer.lr"]
+    text = written(tmp_path, rows, "multidomain")
+    assert "| go | 1,999* | 1.500 | " in text
+    assert "| maths | 2,000 | 1.250 | " in text
+    assert cells(text, "hash", 2)[-2:] == ["**9.200**", "at the edge of the rates"]
+    assert cells(text, "polar_natural", 3)[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("planted/hash/seed1", {"geometry": {"fisher": "x"}, "model": {"dim": 97}}, "model.dim 97, not 96"),
+        ("planted/polar_natural/seed3", {"optimizer": {"lr": 0.008}}, "optimizer.lr 0.008, not 0.004"),
+    ],
+)
+def test_rows_of_mixed_settings_are_no_report(tmp_path, key, change, message):
+    rows = rows_of()
+    for row in rows:
+        row["configuration"] = row["configuration"] | {"optimizer": {"lr": 0.004}}
+    assert mixed(rows) is None
+    for row in rows:
+        if row["key"] == key:
+            row["configuration"] = row["configuration"] | change
+    assert mixed(rows) == f"{key}: {message}"
+    with RowsFile(tmp_path / "planted" / "rows.jsonl") as file:
+        for row in rows:
+            file.append(row)
+    with pytest.raises(StudyError, match=f"rows of different settings .{key}: {message}"):
+        write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
+
+
+def test_one_damaged_file_is_said_beside_the_other_tasks(tmp_path):
+    (tmp_path / "cifar10").mkdir(parents=True)
+    (tmp_path / "cifar10" / "rows.jsonl").write_text("no row\n{}\n")
+    benchmark = Benchmark(tier=CPU, out=tmp_path, command="", broken={"planted": "the disk is full"})
+    with RowsFile(tmp_path / "planted" / "rows.jsonl") as file:
+        for row in rows_of():
+            file.append(row)
+    text = write_benchmark(benchmark)[0].read_text()
+    assert f"- cifar10: {tmp_path / 'cifar10' / 'rows.jsonl'}" in text
+    assert "Not finished: the disk is full" in text
 
 
 def test_more_accuracy_is_better_and_few_pairs_are_said(tmp_path):

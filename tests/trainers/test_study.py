@@ -109,8 +109,11 @@ def test_a_run_is_that_of_the_trainer_and_always_the_same(config, tmp_path, caps
     train(tiny(tmp_path / "run", "data.seed=0", "geometry.per_layer=true"))
     log = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert "step" in log[-1]
+    targets = {name: value for name, value in first["results"].items() if name.endswith("/targets")}
+    assert set(targets) == {f"valid/domain/source{source}/targets" for source in range(4)}
+    assert sum(targets.values()) == 132 - 1  # the last token has none that follows
     for name, value in first["results"].items():
-        if name.startswith("valid/"):
+        if name.startswith("valid/") and name not in targets:
             assert value == pytest.approx(log[-1][name], rel=1e-6), name
     last = [row["train/loss"] for row in log if "train/loss" in row]
     assert first["results"]["train/loss"] == pytest.approx(sum(last) / len(last), rel=1e-6)

@@ -70,7 +70,6 @@ class Task:
         title: in reports.
         experiment: of configs/experiment/benchmark.
         metrics: results and their headings; the first decides.
-        rising: whether more of the first metric is better (accuracy).
         files: what must be there, one of each data set, under the folder of the data sets.
         size: overrides that make it larger or smaller than the experiment.
         tuning: overrides of the tuning runs alone.
@@ -79,12 +78,12 @@ class Task:
         rates: learning rates that are tried, ascending.
         seconds: of one run of a plain mixture, about; for the time left.
         observed: further results and their headings.
+        domains: whether the loss of each domain is of interest.
     """
 
     title: str
     experiment: str
     metrics: Mapping[str, str]
-    rising: bool = False
     files: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
     tuning: tuple[str, ...] = ()
@@ -93,11 +92,17 @@ class Task:
     rates: tuple[float, float, float] = (0.002, 0.004, 0.008)
     seconds: float
     observed: Mapping[str, str] = field(default_factory=dict)
+    domains: bool = False
 
     @property
     def primary(self) -> str:
         """The result that decides."""
         return next(iter(self.metrics))
+
+
+def rises(metric: str) -> bool:
+    """Return whether more of a metric is better."""
+    return metric.endswith(("/accuracy", "/recovery", "/recovery_ami"))
 
 
 _SHIFTS = {
@@ -107,16 +112,21 @@ _SHIFTS = {
     "contrast": "half the contrast",
     "rotation": "turned",
 }
-_ACCURACY = {"valid/accuracy": "accuracy", **{f"probe/{name}/accuracy": title for name, title in _SHIFTS.items()}}
+_ACCURACY = {
+    "valid/accuracy": "accuracy",
+    "valid/loss": "loss, nats",
+    **{f"probe/{name}/accuracy": title for name, title in _SHIFTS.items()},
+}
+#: Of the text whose first part tuning has seen.
+_BITS = {"valid/bits_per_byte": "held-out text"}
 
 _LANGUAGE = Task(
     title="English Wikipedia, bits per byte",
     experiment="language",
     metrics={
-        "valid/bits_per_byte": "enwiki valid",
+        "probe/enwiki_valid/bits_per_byte": "enwiki valid",
         "probe/wikitext2_valid/bits_per_byte": "WikiText-2 valid",
         "probe/wikitext2_test/bits_per_byte": "WikiText-2 test",
-        "probe/enwiki_valid/bits_per_byte": "enwiki valid (probe)",
     },
     files=("enwiki-2015/enwiki2015.train.txt.xz", "wikitext-2/wiki.test.tokens.xz"),
     steps=1560,
@@ -126,7 +136,6 @@ _VISION = Task(
     title="Fashion-MNIST, accuracy",
     experiment="fashion_mnist",
     metrics=_ACCURACY,
-    rising=True,
     files=("fashion-mnist/train-images-idx3-ubyte.gz",),
     tuning=("data.split=valid",),  # no look at the test images
     steps=1000,
@@ -159,7 +168,8 @@ CPU_TASKS: Mapping[str, Task] = {
         _LANGUAGE,
         title="Text of many domains, bits per byte",
         experiment="multidomain",
-        metrics={"valid/bits_per_byte": "all domains"},
+        metrics=_BITS,
+        domains=True,
         files=("multidomain/gsm8k/train.jsonl.xz",),
         observed={"valid/geometry/fsi_domain": "FSI of domains", "valid/geometry/fsi_domain_null": "its null"},
     ),
@@ -225,7 +235,9 @@ def _toy(name: str, task: Task) -> Task:
         *("model.layers=2", "model.dim=32", "model.heads=2", "data.valid_tokens=2048"),
         *("size.expert_hidden=8", f"size.dense_hidden={8 * GPU_TOP_K[name]}"),
     )
-    return replace(task, title=f"Toy of {name}", files=(), size=(*task.size, *toy), steps=8, share=0.5, seconds=0.5)
+    return replace(
+        task, title=f"Toy of {name}", files=(), metrics=_BITS, size=(*task.size, *toy), steps=8, share=0.5, seconds=0.5
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from trainers.studies.benchmark import ARMS
+from trainers.studies.benchmark import ARMS, rises
 from trainers.studies.benchmark_results import MARGIN, Results
 from trainers.studies.region_figure import COLOURS, save
 
@@ -50,14 +50,16 @@ def write_differences(results: Mapping[str, Results], path: Path) -> bool:
 
 
 def _points(results: Results) -> dict[str, tuple[float, float]]:
-    """Return each arm's difference and the half-width of its interval, in percent of the baseline; more is better."""
+    """Return each arm's difference and the half-width of its interval, in percent of the baseline; more is better.
+
+    A single pair has no interval: NaN.
+    """
     found = {}
     for arm in ARMS:
         compared = results.compared(arm, results.task.primary)
         if compared is not None and compared.margin:
-            scale = (1 if results.task.rising else -1) * 100 * MARGIN / compared.margin
-            width = compared.difference.half_width
-            found[arm] = (scale * compared.difference.mean, abs(scale) * (0.0 if math.isnan(width) else width))
+            scale = (1 if rises(results.task.primary) else -1) * 100 * MARGIN / compared.margin
+            found[arm] = (scale * compared.difference.mean, abs(scale) * compared.difference.half_width)
     return found
 
 
@@ -72,6 +74,8 @@ def _draw_differences(axes: Axes, results: Results, arms: Sequence[str]) -> None
             edge = math.copysign(0.97 * _CUT * margin, mean)
             axes.plot([edge], [place], marker="<" if mean < 0 else ">", color=colour, markersize=6)
             axes.annotate(f"{mean:+.1f}", (0.85 * edge, place), fontsize=7, color=colour, va="center", ha="center")
+        elif math.isnan(width):
+            axes.plot([mean], [place], "o", markerfacecolor="none", color=colour, markersize=4)
         else:
             axes.errorbar([mean], [place], xerr=[width], fmt="o", color=colour, markersize=4, capsize=2, linewidth=1.2)
     axes.set_xlim(-_CUT * margin, _CUT * margin)

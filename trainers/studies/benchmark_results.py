@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from trainers.studies.benchmark import ARMS, Task, Tier, seeds_of
+from trainers.studies.benchmark import ARMS, Task, Tier, rises, seeds_of
 from trainers.studies.benchmark_tuning import Choice, choices, reference
 from trainers.studies.intervals import Equivalence, Interval, equivalence, mean_interval, paired_difference
 from trainers.studies.rows import Row, by_seed
+from trainers.train import flat_settings
 
 #: What counts as equal, as a share of the baseline's mean.
 MARGIN = 0.005
@@ -18,8 +19,12 @@ MARGIN = 0.005
 #: The target loss is that of the baseline after this share of its tokens.
 TARGET = 0.75
 
-#: Arms whose experts are not chosen, so that their load says nothing.
+#: Arms whose experts are not chosen, so that their routing says nothing.
 NO_CHOICE = ("soft", "dense")
+_ROUTING = ("max_violation", "valid/geometry/", "valid/recovery")
+
+#: A curve's points are averaged over so many before a target is looked for in them.
+_WINDOW = 5
 
 
 @dataclass(frozen=True)
@@ -40,26 +45,38 @@ class Results:
     reference: str | None
     expected: Mapping[str, int]
 
-    def main(self, arm: str) -> list[Row]:
-        """The rows that are judged."""
-        return [row for row in self.rows if row["labels"]["phase"] == "main" and row["labels"]["arm"] == arm]
+    def main(self, arm: str | None = None) -> list[Row]:
+        """The rows that are judged, of an arm or of all."""
+        judged = [row for row in self.rows if row["labels"]["phase"] == "main"]
+        return judged if arm is None else [row for row in judged if row["labels"]["arm"] == arm]
 
     def values(self, arm: str, name: str) -> dict[int, float]:
         """A result of an arm by seed: of its finished runs that have it."""
-        if name == "max_violation":
-            return {} if arm in NO_CHOICE else _max_violation(self.main(arm))
-        return by_seed(self.main(arm), name)
+        if arm in NO_CHOICE and name.startswith(_ROUTING):
+            return {}
+        return _max_violation(self.main(arm)) if name == "max_violation" else by_seed(self.main(arm), name)
 
     def mean(self, arm: str, name: str) -> Interval | None:
         """The mean of a result over seeds; None without any."""
         values = [*self.values(arm, name).values()]
         return mean_interval(values) if values else None
 
-    def compared(self, arm: str, name: str) -> Equivalence | None:
-        """A result less that of the reference, paired over seeds."""
-        if self.reference is None or arm == self.reference:
+    def compared(self, arm: str, name: str, to: str | None = None) -> Equivalence | None:
+        """A result less that of another arm, paired over seeds; unless told otherwise, of the reference."""
+        other = self.reference if to is None else to
+        if other is None or arm == other:
             return None
-        return equivalence(self.values(arm, name), self.values(self.reference, name), MARGIN)
+        return equivalence(self.values(arm, name), self.values(other, name), MARGIN)
+
+    def best_linear(self) -> str | None:
+        """The linear baseline that is best in the runs that are judged, over the seeds that all of them have."""
+        name = self.task.primary
+        values = {arm: found for arm in ARMS if ARMS[arm].linear and (found := self.values(arm, name))}
+        seeds = set.intersection(*(set(found) for found in values.values())) if values else set()
+        if not seeds:
+            return None
+        best = max if rises(name) else min
+        return best(values, key=lambda arm: fmean(values[arm][seed] for seed in seeds))
 
     def step_ratio(self, arm: str) -> Interval | None:
         """The time of a step in steps of the reference: the mean over seeds both have."""
@@ -67,8 +84,8 @@ class Results:
 
     def tokens_ratio(self, arm: str) -> tuple[Interval | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
-        theirs = {row["seed"]: _curve(row) for row in self._of_reference() if _curve(row)}
-        ours = {row["seed"]: _curve(row) for row in self.main(arm) if _curve(row)}
+        theirs = {row["seed"]: smoothed(_curve(row)) for row in self._of_reference() if _curve(row)}
+        ours = {row["seed"]: smoothed(_curve(row)) for row in self.main(arm) if _curve(row)}
         above, below, lost = {}, {}, 0
         for seed in ours.keys() & theirs.keys():
             target = loss_at(theirs[seed], TARGET * theirs[seed][-1][0])
@@ -106,6 +123,32 @@ def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = N
     return Results(tier.tasks[task], rows, found, reference(found), seeds_of(tier, tuple(ARMS), seeds))
 
 
+def mixed(rows: Sequence[Row]) -> str | None:
+    """Return what differs between rows of a task that should not, ``"planted/hash/seed1: model.dim 18, not 16"``.
+
+    All runs of an arm that are judged have one configuration but for the seed; all arms one training, one size and one
+    data set. None: nothing differs.
+
+    Args:
+        rows: of a task.
+    """
+    first: dict[tuple[str, ...], dict[str, object]] = {}
+    for row in rows:
+        settings = {name: value for name, value in flat_settings(row["configuration"]).items() if name not in _SEEDS}
+        shared = {name: value for name, value in settings.items() if name.startswith(_SHARED)}
+        arm, phase = row["labels"]["arm"], row["labels"]["phase"]
+        for group, own in (((phase,), shared), *([((phase, arm), settings)] if phase == "main" else [])):
+            then = first.setdefault(group, own)
+            for name in sorted(then.keys() & own.keys()):
+                if then[name] != own[name]:
+                    return f"{row['key']}: {name} {own[name]}, not {then[name]}"
+    return None
+
+
+_SEEDS = ("seed", "data.seed")
+_SHARED = ("data.", "loop.", "model.dim", "model.layers", "model.heads")
+
+
 def _max_violation(rows: Sequence[Row]) -> dict[int, float]:
     """The busiest expert's load over the fair one, less 1: the mean over layers, on the held-out split."""
     found = {}
@@ -125,6 +168,14 @@ def _curve(row: Row) -> list[tuple[float, float]]:
     columns = row.get("curve") or {} if row["status"] == "done" else {}
     points = zip(columns.get("tokens", ()), columns.get("loss", ()), strict=True)
     return [(float(tokens), float(loss)) for tokens, loss in points if loss is not None]
+
+
+def smoothed(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return a curve whose losses are means of a point and the four before it, as far as there are so many."""
+    return [
+        (tokens, fmean(loss for _, loss in curve[max(0, index + 1 - _WINDOW) : index + 1]))
+        for index, (tokens, _) in enumerate(curve)
+    ]
 
 
 def loss_at(curve: Sequence[tuple[float, float]], tokens: float) -> float:

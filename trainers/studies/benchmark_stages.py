@@ -46,7 +46,7 @@ class Benchmark:
         retry_failed: run failed runs again.
         until: of ``time.monotonic()``; no run begins after it.
         say: takes the lines for the terminal.
-        broken: tasks that could not go on; filled by ``run``.
+        broken: tasks that could not go on, and why; filled by ``run``.
 
     Raises:
         StudyError: an unknown task or arm, or no seed.
@@ -63,7 +63,7 @@ class Benchmark:
     retry_failed: bool = False
     until: float | None = None
     say: Callable[[str], None] = print
-    broken: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
     _begun: set[str] = field(default_factory=set)
     _missing: set[tuple[str, str]] = field(default_factory=set)
 
@@ -121,7 +121,7 @@ class Benchmark:
             if runs:
                 run_study(self._study(stage.task, runs, later), self.say)
         except (StudyError, OSError) as error:
-            self.broken.append(stage.task)
+            self.broken[stage.task] = str(error)
             self.say(f"error: {stage.task} is left out: {error}")
 
     def _study(self, task: str, runs: Sequence[Run], later: Sequence[Stage]) -> Study:

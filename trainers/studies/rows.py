@@ -13,6 +13,7 @@ from typing import Any
 
 from trainers.studies.runs import StudyError
 from trainers.train import FREE_KEYS as RUNS_FREE_KEYS
+from trainers.train import flat_settings
 
 Row = dict[str, Any]
 
@@ -146,7 +147,7 @@ def changed_settings(config: Mapping[str, Any], overrides: Sequence[str], row: R
         overrides: the run's, now.
         row: of the same key.
     """
-    now, then = _flat(config), _flat(row["configuration"])
+    now, then = flat_settings(config), flat_settings(row["configuration"])
     # A key that came later did not exist then, and has its default unless this very run sets it.
     keys = then.keys() if list(overrides) == row["overrides"] else then.keys() | now.keys()
     return [
@@ -154,13 +155,6 @@ def changed_settings(config: Mapping[str, Any], overrides: Sequence[str], row: R
         for key in sorted(keys)
         if then.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def reasons(rows: Sequence[Row]) -> Iterator[str]:

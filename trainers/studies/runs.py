@@ -265,7 +265,8 @@ def _trained(
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the validation loss is {evaluation.loss}")
     probed = evaluate_probes(model, probes, device, config.loop.precision)
-    return evaluation.scalars(per_layer=True) | probe_scalars(probed)
+    targets = {f"valid/domain/{name}/targets": count for name, count in evaluation.domain_targets.items() if count}
+    return evaluation.scalars(per_layer=True) | targets | probe_scalars(probed)
 
 
 def _of_training(logger: MemoryLogger) -> dict[str, float]:

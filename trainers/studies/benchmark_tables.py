@@ -1,0 +1,171 @@
+"""The tables of a task below its verdicts: further results, domains, routing and speed, the controller, tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from trainers.studies.benchmark import ARMS, rises
+from trainers.studies.benchmark_results import TARGET, Results
+from trainers.studies.benchmark_tuning import Choice
+from trainers.studies.events import orders
+from trainers.studies.intervals import Interval
+
+_ROUTING = {
+    "max_violation": "max violation",
+    "valid/geometry/dead_experts": "dead experts",
+    "valid/geometry/dispersion": "dispersion",
+    "valid/geometry/fsi": "FSI",
+}
+#: A domain with fewer targets says little.
+_FEW_TARGETS = 2000
+
+
+def write_tables(results: Results) -> Iterator[str]:
+    """Yield the lines of a task's tables.
+
+    Args:
+        results: of the task.
+    """
+    metrics = {key: title for key, title in results.task.metrics.items() if key != results.task.primary}
+    if any(results.values(arm, key) for key in metrics for arm in ARMS):
+        yield from ("", "Further results; in brackets the difference to the baseline and what it shows:", "")
+        yield from _further(results, metrics)
+    if domains := _domains(results):
+        yield from ("", "Loss by domain, nats a token, means over seeds; a star: fewer than 2,000 held-out tokens.", "")
+        yield from _by_domain(results, domains)
+    yield from ("", "Routing on the held-out data, and speed:", "", *_routing(results))
+    yield from _controller(results)
+    yield from ("", "Tuning, validation loss; the chosen one is bold:", "", *_tuning(results))
+
+
+def _further(results: Results, metrics: Mapping[str, str]) -> Iterator[str]:
+    yield f"| arm | {' | '.join(metrics.values())} |"
+    yield f"|---|{'---|' * len(metrics)}"
+    for arm in ARMS:
+        cells = []
+        for key in metrics:
+            found = results.compared(arm, key)
+            note = ""
+            if found is not None:
+                note = f" ({with_width(found.difference, '+')}, {found.verdict(rises(key))})"
+            cells.append(f"{with_width(results.mean(arm, key))}{note}")
+        yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
+
+
+def _domains(results: Results) -> dict[str, int | None]:
+    """Return the domains whose loss is of interest, and how many targets each has, where rows tell."""
+    if not results.task.domains:
+        return {}
+    names = [name for row in results.main() for name in row["results"] if name.startswith("valid/domain/")]
+    counts = {name: value for row in results.main() for name, value in row["results"].items()}
+    losses = (name for name in dict.fromkeys(names) if name.endswith("/loss"))
+    return {name: counts.get(name.removesuffix("loss") + "targets") for name in losses}
+
+
+def _by_domain(results: Results, domains: Mapping[str, int | None]) -> Iterator[str]:
+    shown = [arm for arm in ARMS if results.main(arm)]
+    yield f"| domain | tokens | {' | '.join(ARMS[arm].title for arm in shown)} |"
+    yield f"|---|---|{'---|' * len(shown)}"
+    for domain, targets in domains.items():
+        means = [results.mean(arm, domain) for arm in shown]
+        cells = ["-" if mean is None else f"{mean.mean:.3f}" for mean in means]
+        count = "-" if targets is None else f"{targets:,}{'*' if targets < _FEW_TARGETS else ''}"
+        yield f"| {domain.split('/')[2]} | {count} | {' | '.join(cells)} |"
+
+
+def _routing(results: Results) -> Iterator[str]:
+    columns = {**_ROUTING, **results.task.observed}
+    yield f"| arm | {' | '.join(columns.values())} | tokens/s | step time | tokens to target |"
+    yield f"|---|{'---|' * (len(columns) + 3)}"
+    for arm in ARMS:
+        cells = [
+            with_width(results.mean(arm, key), digits=1 if key.endswith("/dead_experts") else 4) for key in columns
+        ]
+        speed = results.mean(arm, "train/tokens_per_second")
+        cells += ["-" if speed is None else f"{speed.mean:,.0f}", with_width(results.step_ratio(arm), digits=2)]
+        ratio, lost = results.tokens_ratio(arm)
+        reached = with_width(ratio, digits=2)
+        cells.append(f"not reached in {lost} of {lost + (ratio.n if ratio else 0)}" if lost else reached)
+        yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
+    yield ""
+    yield (
+        "Max violation: load of the busiest expert over the fair one, less 1, mean over layers. Dead experts: in all "
+        "layers. Step time and tokens to target are multiples of the baseline's, means over pairs with 95% intervals; "
+        f"the target is the baseline's training loss after {TARGET:.0%} of its tokens, in each pair."
+    )
+
+
+def _controller(results: Results) -> Iterator[str]:
+    """Whether a controller did anything: if not, its arm is the one without it."""
+    for arm in ARMS:
+        rows = [row for row in results.main(arm) if _acts(row)]
+        if not rows:
+            continue
+        found = [orders(row) for row in rows]
+        acted = sum(bool(one) for one in found)
+        kinds = sorted({str(order.get("name")) for one in found for order in one})
+        text = f"{ARMS[arm].title}: the controller acted in {acted} of {len(rows)} runs"
+        text += f" ({sum(map(len, found))} orders: {', '.join(kinds)})" if acted else ""
+        for other in ARMS:
+            if ARMS[other].ours and other != arm and (same := _same(results, arm, other)):
+                text += f"; {same} runs end with the very numbers of {ARMS[other].title}"
+        yield from ("", f"{text}.")
+
+
+def _acts(row: Mapping[str, object]) -> bool:
+    configuration = row["configuration"]
+    assert isinstance(configuration, Mapping)
+    return (configuration.get("geometry") or {}).get("controller") == "act"
+
+
+def _same(results: Results, arm: str, other: str) -> int:
+    ours, theirs = (results.values(name, "valid/loss") for name in (arm, other))
+    return sum(theirs.get(seed) == loss for seed, loss in ours.items())
+
+
+def _tuning(results: Results) -> Iterator[str]:
+    """A table for each kind of grid: learning rate by balance, and learning rate alone."""
+    grids: dict[tuple[str, ...], list[str]] = {}
+    for arm, found in results.choices.items():
+        grids.setdefault(tuple(_place(setting) for setting, _ in found.tried), []).append(arm)
+    for number, (places, arms) in enumerate(grids.items()):
+        yield from [""] * bool(number)
+        yield f"| arm | {' | '.join(places)} | |"
+        yield f"|---|{'---|' * len(places)}---|"
+        for arm in arms:
+            found = results.choices[arm]
+            cells = [_tried(found, setting, loss) for setting, loss in found.tried]
+            yield f"| {ARMS[arm].title} | {' | '.join(cells)} | {_at_the_edge(found)} |"
+    if absent := [ARMS[arm].title for arm in ARMS if arm not in results.choices]:
+        yield from ("", f"Not tuned: {'; '.join(absent)}.")
+
+
+def _place(setting: Mapping[str, float]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[1]} {value:g}" for key, value in setting.items())
+
+
+def _tried(found: Choice, setting: Mapping[str, float], loss: float | None) -> str:
+    if loss is None:
+        return "no result"
+    return f"**{loss:.3f}**" if setting == found.setting else f"{loss:.3f}"
+
+
+def _at_the_edge(found: Choice) -> str:
+    rates: Sequence[float] = sorted({setting["optimizer.lr"] for setting, _ in found.tried})
+    edge = found.setting["optimizer.lr"] in (rates[0], rates[-1])
+    return "at the edge of the rates" if edge else ""
+
+
+def with_width(found: Interval | None, sign: str = "", digits: int = 4) -> str:
+    """Return "1.2345 ± 0.0012"; the mean alone where one value says nothing of its uncertainty; "-" without any.
+
+    Args:
+        found: the interval.
+        sign: ``"+"`` for one in any case.
+        digits: after the point.
+    """
+    if found is None:
+        return "-"
+    mean = f"{found.mean:{sign}.{digits}f}"
+    return mean if math.isnan(found.half_width) else f"{mean} ± {found.half_width:.{digits}f}"
