@@ -23,7 +23,7 @@ from moegeo_router.control.guard import Guard
 from moegeo_router.control.loop import ControlLoop
 from moegeo_router.loggers import NullLogger
 from moegeo_router.observe.forward import LayerForward
-from trainers import speed_transformers
+from trainers import speed_arms, speed_transformers
 from trainers.data.base import Batch
 from trainers.data.planted import PlantedText
 from trainers.loop import LoopConfig, Trainer
@@ -278,6 +278,7 @@ def comparisons(device: torch.device) -> list[Comparison | Part]:
         compare_natural_step(device),
         compare_wide_natural_step(device),
         *speed_transformers.rows(device),
+        *speed_arms.rows(device),
         *(compare_controller(device, mode) for mode in ("observe", "act")),
         *(part_of_controller(device, mode) for mode in ("observe", "act")),
     ]

@@ -7,7 +7,8 @@ import torch
 
 import moegeo_router as mg
 from moegeo_router.control.controller import Event
-from trainers import speed
+from trainers import speed, speed_arms
+from trainers.loop import Trainer
 from trainers.models.experts import SwiGLUExperts
 from trainers.pairs import Comparison, Measurement, Part, measure
 from trainers.speed import (
@@ -26,6 +27,7 @@ from trainers.speed import (
     part_of_controller,
     table,
 )
+from trainers.studies.benchmark import ARMS
 
 torch.set_num_threads(1)
 
@@ -226,3 +228,21 @@ def test_missing_accelerator_is_said(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_arms_of_the_benchmark_are_measured_in_their_own_runs():
+    toy = (*speed_arms.SIZE, "model.dim=16", "size.expert_hidden=8", "size.dense_hidden=16", "data.documents=100")
+    rows = list(speed_arms.rows(torch.device("cpu"), toy))
+    assert [row.name.split(", ", 1)[1].removesuffix(" vs linear, Switch loss") for row in rows] == [
+        ARMS[arm].title for arm in ARMS if arm != "linear_switch"
+    ]
+    assert len({id(row.theirs) for row in rows}) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        stepped: list[Trainer] = []
+        own = Trainer.train_step
+        patch.setattr(Trainer, "train_step", lambda self, batch: stepped.append(self) or own(self, batch))
+        rows[3].ours()
+        rows[3].theirs()
+        rows[3].ours()
+    assert [trainer.step for trainer in dict.fromkeys(stepped)] == [2 * speed_arms.STEPS, speed_arms.STEPS]
+    assert [trainer.geometry.config.step for trainer in dict.fromkeys(stepped)] == ["natural", None]
