@@ -14,10 +14,10 @@ from .control.controller import Event
 from .control.selection_bias import SelectionBiases
 from .control.wiring import control_loop, guard_of
 from .integrations.versions import warn_of_untested
+from .loggers.shares import log_shares
 from .losses import Regularizers
-from .metrics.load import load_share
-from .metrics.summary import expert_scalars, flatten, model_scalars, short_names
-from .observe.build import refuse_second_watch, unwrapped, unwrapped_optimizer
+from .metrics.summary import expert_scalars, flatten, model_scalars
+from .observe.build import checked_optimizers, refuse_second_watch, unwrapped
 from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics, without_traces
 from .observe.watch import Watch
@@ -25,6 +25,7 @@ from .optim import NaturalRules, RouterSteps
 from .regularization import Regularization, RegularizerError, regularization_of, warn_of_own_loss
 from .routers.find import RouterSite, find_routers
 from .routers.tag import manifold_of
+from .state import check_state
 
 if TYPE_CHECKING:
     from .control.loop import ControlLoop
@@ -71,13 +72,7 @@ def attach(
         ...     wandb.log(geometry.metrics())
         >>> geometry.detach()
     """
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    if not isinstance(optimizers, list | tuple) or not all(isinstance(o, Optimizer) for o in optimizers):
-        given = ", ".join(type(o).__name__ for o in optimizers) if isinstance(optimizers, list | tuple) else optimizer
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {given!r:.80}")
-    optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
-    if len({id(o) for o in optimizers}) < len(optimizers):
-        raise ValueError("optimizer: one of them is given twice")
+    optimizers = checked_optimizers(optimizer)
     if config is not None and not isinstance(config, GeometryConfig):
         raise ValueError(f"config must be a GeometryConfig, got {type(config).__name__}")
     return Geometry(model, optimizers, config or GeometryConfig())
@@ -99,7 +94,6 @@ class Geometry:
         if sites and not any(manifold_of(site.weight) for site in sites):  # geometrize has said it else
             warn_of_untested(model, stacklevel=3)
         self._has_optimizer, self._attached, self._told_of_own_loss = bool(optimizers), True, False
-        self._reduced: RoutingStatistics | None = None
         self._regularization = regularization_of(model, sites, config, trained=bool(optimizers))
         self._watch = Watch(
             model,
@@ -117,7 +111,6 @@ class Geometry:
         self._control: ControlLoop | None = None
         # Before the steps are taken over: a gradient that is not finite must reach no one.
         self._guard = guard_of(optimizers, config)
-        self._numbers: dict[str, Tensor] = {}
         try:
             self._steps = self._take_over(sites, optimizers)
             if config.bias_speed:
@@ -298,17 +291,8 @@ class Geometry:
             step: the optimizer step.
         """
         newest = self._watch.window.newest(wait=False)
-        if newest is None or not self.config.pictures_every or step % self.config.pictures_every:
-            return
-        reduced = newest[0].layers
-        layers = {name: reduced[name] for name in self.layers if name in reduced and float(reduced[name].choices)}
-        short = short_names(layers)
-        for name, field in (("load", "counts"), ("fisher", "traces")):
-            amounts = {short[n]: getattr(layer, field) for n, layer in layers.items()}
-            rows = {n: (len(a) * load_share(a)).tolist() for n, a in amounts.items() if float(a.sum())}
-            if rows:
-                logger.heatmap(f"geometry/{name}", list(rows.values()), list(rows), step)
-                logger.histogram(f"geometry/{name}_shares", [x for row in rows.values() for x in row], step)
+        if newest is not None and self.config.pictures_every and step % self.config.pictures_every == 0:
+            log_shares(logger, newest[0], self.layers, step)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -348,17 +332,11 @@ class Geometry:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, between two optimizer steps: plain tensors and numbers."""
-        reduced = {} if self._reduced is None else self._reduced.layers
-        self._watch.window.newest(wait=True)
-        before = self._watch.window.previous  # on an accelerator, what the controller reads next is against these
         return {
             "format": FORMAT,
-            "experts": {name: layer.num_experts for name, layer in reduced.items()},
-            "sums": None if self._reduced is None else self._reduced.flat().cpu(),
-            "before": None if before is None else before.flat().cpu(),
+            **self._watch.window.state(),
             "sensitivities": {n: c.cpu() for n, c in self._regularization.sensitivities().items()},
             "routers": {} if self._steps is None else self._steps.state_dict(),
-            "numbers": {name: values.cpu() for name, values in self._numbers.items()},
             "control": None if self._control is None else self._control.state(),
         }
 
@@ -368,14 +346,8 @@ class Geometry:
         Raises:
             ValueError: the state of another format, other layers or other routers.
         """
-        if not isinstance(state, Mapping):
-            raise ValueError(f"geometry's state must be what state_dict() returned, got {type(state).__name__}")
-        if state.get("format") != FORMAT:
-            raise ValueError(f"geometry's state has format {state.get('format')!r}, expected {FORMAT}")
-        missing = [key for key in ("experts", "sums", "sensitivities", "routers") if key not in state]
-        if missing:
-            raise ValueError(f"geometry's state lacks {', '.join(missing)}")
-        window, experts = self._watch.window, dict(state["experts"])
+        check_state(state, FORMAT)
+        window, experts = self._watch.window, state["experts"]
         if self.config.hooks and experts and experts != window.experts:
             raise ValueError(f"geometry's state is of layers {experts}, this model has {window.experts}")
         if self._steps is not None:
@@ -385,18 +357,9 @@ class Geometry:
         # A state from before there was a controller has none of it.
         if self._control is not None and state.get("control") is not None:
             self._control.load(state["control"])
-        if state["sums"] is not None:
-            empty = RoutingStatistics.zeros(experts.items(), num_domains=self.config.num_domains)
-            if len(empty.flat()) != len(state["sums"]):
-                raise ValueError(f"geometry's state was saved with another num_domains than {self.config.num_domains}")
-            window.experts |= experts
-            self._reduced = empty.unflat(state["sums"])
-            if (before := state.get("before")) is not None and len(before) == len(state["sums"]):
-                window.post(empty.unflat(before), {})
-                window.newest(wait=True)
-            values = self._regularization.restore(self._reduced, dict(state["sensitivities"]))
-            self._numbers = dict(state.get("numbers", {})) | {"regularizers": values}
-            window.post(self._reduced, self._numbers)
+        if (reduced := window.restored(state)) is not None:
+            values = self._regularization.restore(reduced, state["sensitivities"])
+            window.post(reduced, {**state.get("numbers", {}), "regularizers": values})
 
     def _take_over(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> RouterSteps | None:
         if not optimizers:
@@ -446,7 +409,6 @@ class Geometry:
                 numbers["regularizers"] = self._regularization.end_step(reduced)
                 if self._biases is not None and not (skipped or (self._steps is not None and self._steps.skipped)):
                     self._biases.update(reduced)
-                self._reduced, self._numbers = reduced, numbers
                 self._watch.window.post(reduced, numbers)
         # Only now, when every rank has learnt of it: a natural step is one of all ranks together.
         if self._watch.stopped and self._steps is not None:

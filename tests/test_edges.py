@@ -251,6 +251,11 @@ def test_states_that_do_not_fit():
         ({"experts": {"other": 4}}, "state is of layers"),
         ({"routers": {}}, "the state is of routers"),
         ({"sums": state["sums"][:-3]}, "another num_domains"),
+        ({"sums": "text"}, "sums must be a Tensor or None, got str"),
+        ({"experts": [4]}, "experts must be a Mapping, got list"),
+        ({"routers": dict.fromkeys(state["routers"])}, r"routers\['block.*'\] must be a Mapping, got NoneType"),
+        ({"numbers": {"margin": 1.0}}, r"numbers\['margin'\] must be a Tensor, got float"),
+        ({"control": 3}, "control must be a Mapping or None, got int"),
     ):
         with pytest.raises(ValueError, match=message):
             stepped()[1].load_state_dict(state | change)

@@ -51,6 +51,22 @@ def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
     return inner
 
 
+def checked_optimizers(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Return one or several optimizers as a list, without accelerate's wrappers.
+
+    Raises:
+        ValueError: something else, or one twice.
+    """
+    listed = [] if given is None else [given] if isinstance(given, Optimizer) else given
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, Optimizer) for one in listed):
+        got = ", ".join(type(one).__name__ for one in listed) if isinstance(listed, list | tuple) else listed
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {got!r:.80}")
+    optimizers = [unwrapped_optimizer(one) for one in listed]
+    if len({id(one) for one in optimizers}) < len(optimizers):
+        raise ValueError("optimizer: one of them is given twice")
+    return optimizers
+
+
 def check_sites(model: nn.Module, sites: Sequence[RouterSite], config: GeometryConfig) -> None:
     """Raise a ValueError if ``top_k`` does not fit a router, or a router or its experts are sharded."""
     for site in sites:

@@ -29,6 +29,7 @@ class Window:
         self.experts: dict[str, int] = {}
         self._num_domains, self._group = num_domains, group
         self._sums: dict[str, LayerStatistics] = {}
+        self._posted: Arrived | None = None
         self._arrived: Arrived | None = None
         self._underway: tuple[RoutingStatistics, dict[str, int], Tensor, Any] | None = None
         self.previous: RoutingStatistics | None = None
@@ -61,6 +62,7 @@ class Window:
 
     def post(self, reduced: RoutingStatistics, numbers: Mapping[str, Tensor]) -> None:
         """Send reduced sums, and other numbers of the step, vectors by name, to the host."""
+        self._posted = (reduced, dict(numbers))
         others = {name: values.to(reduced.failures) for name, values in numbers.items()}
         if reduced.failures.device.type == "cpu":
             self._arrive(reduced, others)
@@ -88,6 +90,35 @@ class Window:
             if event.query():
                 self._unpack(reduced, sizes, host)
         return self._arrived
+
+    def state(self) -> dict[str, Any]:
+        """Return the last step's sums and numbers, and the sums before them: plain tensors."""
+        reduced, numbers = self._posted or (None, {})
+        self.newest(wait=True)
+        before = self.previous  # on an accelerator, what the controller reads next is against these
+        return {
+            "experts": {} if reduced is None else {name: sums.num_experts for name, sums in reduced.layers.items()},
+            "sums": None if reduced is None else reduced.flat().cpu(),
+            "before": None if before is None else before.flat().cpu(),
+            "numbers": {name: values.cpu() for name, values in numbers.items()},
+        }
+
+    def restored(self, state: Mapping[str, Any]) -> RoutingStatistics | None:
+        """Return the sums that ``state()`` held, to be posted again; those before them are posted here.
+
+        Raises:
+            ValueError: the sums of another number of domains.
+        """
+        if state["sums"] is None:
+            return None
+        empty = RoutingStatistics.zeros(state["experts"].items(), num_domains=self._num_domains)
+        if len(empty.flat()) != len(state["sums"]):
+            raise ValueError(f"geometry's state was saved with another num_domains than {self._num_domains}")
+        self.experts |= state["experts"]
+        if (before := state.get("before")) is not None and len(before) == len(state["sums"]):
+            self.post(empty.unflat(before), {})
+            self.newest(wait=True)
+        return empty.unflat(state["sums"])
 
     @property
     def order(self) -> tuple[str, ...]:
