@@ -291,7 +291,7 @@ def test_a_task_without_its_files_is_left_out_in_one_line(capsys, tmp_path, monk
     assert said[0].startswith("error: language is left out: expected the folder that holds enwiki-2015/")
     assert "MOEGEO_DATA" in said[0]
     code, _, error = ran(capsys, "cpu", "--tasks", "language", "--out", str(tmp_path))
-    assert (code, error) == (2, f"error: there are no rows in {tmp_path}; without --report they are made\n")
+    assert (code, error) == (2, f"error: there are no rows in {tmp_path}, and nothing to report\n")
 
 
 def test_a_full_disk_is_said_for_each_task(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -262,6 +265,22 @@ def test_rows_of_mixed_settings_are_no_report(tmp_path, key, change, message):
             file.append(row)
     with pytest.raises(StudyError, match=f"rows of different settings .{key}: {message}"):
         write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
+    written(tmp_path, rows_of())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        StudyError, match=r"cannot write .*differences.png: No space left on device; the rows are whole"
+    ):
+        write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_one_damaged_file_is_said_beside_the_other_tasks(tmp_path):

@@ -12,6 +12,7 @@ from trainers.studies.benchmark_figure import write_curves, write_differences
 from trainers.studies.benchmark_results import MARGIN, Results, mixed, results_of
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tables import with_width, write_tables
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import Equivalence
 from trainers.studies.origin import origin_lines
 from trainers.studies.rows import reasons
@@ -38,7 +39,7 @@ def write_benchmark(benchmark: Benchmark) -> list[Path]:
     results, absent = _collected(benchmark)
     if not results:
         wrong = [why for why in absent.values() if why != _NO_ROWS]
-        raise StudyError("; ".join(wrong) or f"there are no rows in {benchmark.out}; without --report they are made")
+        raise StudyError("; ".join(wrong) or f"there are no rows in {benchmark.out}, and nothing to report")
     text, differences, curves = (benchmark.out / name for name in ("benchmark.md", "differences.png", "curves.png"))
     pictures = [
         *([differences] if write_differences(results, differences) else []),
@@ -49,7 +50,7 @@ def write_benchmark(benchmark: Benchmark) -> list[Path]:
         lines += ["", f"## {found.task.title}", "", *_task(found, benchmark.broken.get(task))]
     if absent:
         lines += ["", "## Missing", "", *(f"- {task}: {why}" for task, why in absent.items())]
-    text.write_text("\n".join(lines) + "\n")
+    write_whole(text, "\n".join(lines) + "\n")
     return [text, *pictures]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainers.studies.comparison import Comparison
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
 from trainers.studies.rows import Row, by_seed, reasons
@@ -22,7 +23,7 @@ def write_comparison(study: Comparison, rows: Sequence[Row], path: Path) -> Path
     lines = [f"# {study.title}", "", study.question, "", *origin_lines(rows), "", *_legend(study)]
     for setting in dict.fromkeys(row["labels"]["setting"] for row in rows):
         lines += ["", f"## {setting}", "", *_table(study, [row for row in rows if row["labels"]["setting"] == setting])]
-    path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
+    write_whole(path, "\n".join([*lines, *reasons(rows)]) + "\n")
     return path
 
 

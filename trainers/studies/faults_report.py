@@ -9,6 +9,7 @@ from statistics import median
 
 from trainers.studies.events import CRITICAL, WARNING, decisions, failures, first_alert
 from trainers.studies.faults import HEALTHY
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
 from trainers.studies.recovery import LEGEND, Repair, repair, together
@@ -56,7 +57,7 @@ def write_faults(rows: Sequence[Row], folder: Path) -> Path:
     if every:
         lines += ["", "## All settings", "", f"Together: {together(every)}"]
     path = folder / "faults.md"
-    path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
+    write_whole(path, "\n".join([*lines, *reasons(rows)]) + "\n")
     return path
 
 

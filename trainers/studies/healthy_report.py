@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from trainers.studies.events import alerts, orders
+from trainers.studies.files import write_whole
 from trainers.studies.healthy import SAME
 from trainers.studies.intervals import mean_interval, with_half_width
 from trainers.studies.origin import origin_lines
@@ -60,7 +61,7 @@ def write_healthy(rows: Sequence[Row], folder: Path) -> Path:
     lines += [*_verdicts(groups), "", "## What it did", "", _LEGEND_OF_DEEDS, "", *_deeds(groups)]
     lines += ["", "## What it cost", "", _LEGEND_OF_COSTS, "", *_costs(groups)]
     path = folder / "healthy.md"
-    path.write_text("\n".join([*lines, *reasons(rows)]) + "\n")
+    write_whole(path, "\n".join([*lines, *reasons(rows)]) + "\n")
     return path
 
 

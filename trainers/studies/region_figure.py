@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import Interval, mean_interval, share_interval
 from trainers.studies.region import ARMS, REFERENCE
 from trainers.studies.region_grid import Cell, Grid
@@ -78,9 +79,10 @@ def save(figure: Figure, path: Path) -> None:
     """
     from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    write_whole(path, small.getvalue())
 
 
 def _curves(grid: Grid, balance: float, what: str) -> Iterator[_Curve]:

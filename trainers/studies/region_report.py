@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
 from trainers.studies.origin import origin_lines
 from trainers.studies.region import REFERENCE
@@ -28,7 +29,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     grid = grid_of(rows)
     text, picture = folder / "region.md", folder / "region.png"
-    text.write_text("\n".join([*_head(rows, grid), *_tables(grid), *reasons(rows)]) + "\n")
+    write_whole(text, "\n".join([*_head(rows, grid), *_tables(grid), *reasons(rows)]) + "\n")
     write_figure(grid, picture)
     return [text, picture]
 
