@@ -225,6 +225,8 @@ def run_command(main: Callable[[DictConfig], None], config: DictConfig) -> None:
         _leave(str(error), 3)
     except InstantiationException as error:
         cause = error.__cause__
+        if os.environ.get("MOEGEO_TRACEBACK"):
+            raise
         if isinstance(cause, ValueError | OSError | TypeError | ImportError):
             _leave(str(cause), 2)
         raise
