@@ -142,6 +142,26 @@ def test_images_that_choose_settings_are_not_those_that_judge():
         assert not tuned.get("probes")
 
 
+def test_a_controller_that_tuning_set_otherwise_is_compared_with_itself_switched_off():
+    one, other = {"optimizer.lr": 0.002}, {"optimizer.lr": 0.004}
+    seeds = {"polar_natural": 2, "polar_natural_act": 2}
+    same = main_runs(CPU, "planted", dict.fromkeys(seeds, one), seeds)
+    assert [run.labels["phase"] for run in same] == ["main"] * 4
+    runs = main_runs(CPU, "planted", {"polar_natural": one, "polar_natural_act": other}, seeds)
+    assert [run.key.removeprefix("planted/") for run in runs[:3]] == [
+        "polar_natural/seed0",
+        "polar_natural_act/seed0",
+        "polar_natural_act/without/seed0",
+    ]
+    assert runs[2].labels == runs[1].labels | {"phase": "without"}
+    acting, without = configurations(runs[1:3])
+    assert acting["optimizer"] == without["optimizer"]
+    assert acting["geometry"] == without["geometry"] | {
+        name: acting["geometry"][name] for name in ("controller", "control", "fisher") if name in acting["geometry"]
+    }
+    assert (acting["geometry"]["controller"], without["geometry"]["controller"]) == ("act", None)
+
+
 def rows(losses: dict[str, list[float | None]], task: str = "planted") -> list[dict[str, Any]]:
     return [
         row

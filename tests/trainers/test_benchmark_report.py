@@ -214,18 +214,36 @@ def test_report_has_routing_speed_and_tuning(tmp_path):
 
 def test_what_a_controller_did_not_do_is_said(tmp_path):
     rows = [row for row in rows_of(ours=0.0) if row["labels"]["arm"] != "polar_natural_act"]
-    setting = {"optimizer.lr": 0.002, "geometry.regularizers.balance": 0.001}
-    runs = main_runs(CPU, "planted", {"polar_natural_act": setting}, {"polar_natural_act": 4})
+    setting = {"optimizer.lr": 0.004, "geometry.regularizers.balance": 0.001}
+    tuned = tuning_runs(CPU, "planted", "polar_natural_act")
+    tuned_rows = benchmark_rows(CPU, tuned, [1.0 if run.labels["setting"] == setting else 2.0 for run in tuned])
+    both = dict.fromkeys(("polar_natural", "polar_natural_act"), setting)
+    runs = main_runs(CPU, "planted", both, {"polar_natural_act": 4})
     theirs = [row["results"]["valid/loss"] for row in rows if row["key"].startswith("planted/polar_natural/seed")]
     acting = benchmark_rows(CPU, runs, [*theirs[:3], 1.0])
     for row in acting:
         row["configuration"] = row["configuration"] | {"geometry": {"controller": "act"}}
     acting[3]["events"] = [decision(9, "apply", "revive"), decision(20, "apply", "revive")]
-    text = written(tmp_path, rows + acting)
+    text = written(tmp_path, rows + tuned_rows + acting)
     assert (
-        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders: revive); "
-        "3 runs end with the very numbers of ours: polar, natural gradient." in text
+        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders: revive); against the same "
+        "runs without it -0.23" in text
     )
+    assert " (4), inconclusive, 3 of them the very same numbers." in text
+    # Tuned to another setting, it is not compared with runs of that one, but with its own.
+    other = {"optimizer.lr": 0.004, "geometry.regularizers.balance": 0.01}
+    tuned = tuning_runs(CPU, "planted", "polar_natural_act")
+    acting += benchmark_rows(CPU, tuned, [1.0 if run.labels["setting"] == other else 2.0 for run in tuned])
+    found = results_of(CPU, "planted", rows + acting)
+    assert found.effect("polar_natural_act", "valid/loss") is None
+    runs = main_runs(CPU, "planted", {"polar_natural_act": other}, {"polar_natural_act": 4})
+    own = [run for run in runs if run.labels["phase"] == "without"]
+    acting += benchmark_rows(CPU, own, [1.5, 1.5, 1.5, 1.5])
+    found = results_of(CPU, "planted", rows + acting)
+    effect = found.effect("polar_natural_act", "valid/loss")
+    assert effect is not None
+    assert effect.difference.mean == pytest.approx((sum(theirs[:3]) + 1.0) / 4 - 1.5)
+    assert mixed(acting) is None
 
 
 def test_domains_with_little_text_have_a_star_and_edges_are_said(tmp_path):

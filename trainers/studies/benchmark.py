@@ -32,6 +32,8 @@ class Arm:
         ours: whether it is this library's.
         linear: whether it is a baseline that ours are compared with, if it is the best.
         weight: how long a step takes, in steps of a plain mixture.
+        without: the arm that it is without its controller; what tuning finds may differ, so that it is also run
+            at this arm's setting.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Arm:
     ours: bool = False
     linear: bool = False
     weight: float = 1.0
+    without: str | None = None
 
 
 _BALANCE = ("geometry.regularizers.balance", (0.001, 0.01))
@@ -50,7 +53,9 @@ ARMS: Mapping[str, Arm] = {
     "polar_riemannian": Arm(title="ours: polar, Riemannian Adam", knob=_BALANCE, ours=True, weight=1.1),
     "polar_natural": Arm(title="ours: polar, natural gradient", knob=_BALANCE, ours=True, weight=1.15),
     "polar_natural_regularized": Arm(title="ours: natural, regularizers", knob=_BALANCE, ours=True, weight=1.2),
-    "polar_natural_act": Arm(title="ours: natural, controller acting", knob=_BALANCE, ours=True, weight=1.25),
+    "polar_natural_act": Arm(
+        title="ours: natural, controller acting", knob=_BALANCE, ours=True, weight=1.25, without="polar_natural"
+    ),
     "cosine": Arm(title="cosine, Switch loss", knob=_BALANCE),
     "hash": Arm(title="hash"),
     "frozen": Arm(title="frozen random"),
@@ -340,7 +345,7 @@ def seeds_of(tier: Tier, arms: Sequence[str], seeds: int | None = None) -> dict[
 
 
 def main_runs(tier: Tier, task: str, choices: Mapping[str, Setting], seeds: Mapping[str, int]) -> list[Run]:
-    """Return the runs that are judged, seeds outermost.
+    """Return the runs that are judged, and those without a controller beside them; seeds outermost.
 
     Args:
         tier: the tier.
@@ -348,16 +353,23 @@ def main_runs(tier: Tier, task: str, choices: Mapping[str, Setting], seeds: Mapp
         choices: the tuned setting of each arm.
         seeds: how many, for each arm in the order in which they begin.
     """
-    found = tier.tasks[task]
-    return [
-        Run(
-            main_key(task, arm, seed),
-            [*_common(found, arm, seed, found.steps), *_overrides(choices[arm])],
-            {"task": task, "arm": arm, "phase": "main", "setting": dict(choices[arm])},
-            found.seconds * ARMS[arm].weight,
-        )
-        for arm, seed in _by_seed(seeds)
-    ]
+    runs = []
+    for arm, seed in _by_seed(seeds):
+        runs.append(_main_run(tier.tasks[task], task, arm, arm, choices[arm], seed))
+        other = ARMS[arm].without
+        if other is not None and choices.get(other) != choices[arm]:
+            runs.append(_main_run(tier.tasks[task], task, arm, other, choices[arm], seed))
+    return runs
+
+
+def _main_run(found: Task, task: str, arm: str, trained: str, setting: Setting, seed: int) -> Run:
+    """Return a run of an arm, or of the one that it is without its controller, at its setting."""
+    return Run(
+        main_key(task, arm, seed) if trained == arm else f"{task}/{arm}/without/seed{seed}",
+        [*_common(found, trained, seed, found.steps), *_overrides(setting)],
+        {"task": task, "arm": arm, "phase": "main" if trained == arm else "without", "setting": dict(setting)},
+        found.seconds * ARMS[trained].weight,
+    )
 
 
 def main_key(task: str, arm: str, seed: int) -> str:

@@ -83,7 +83,8 @@ _METHOD = (
     "the first part of the held-out text, which judges as well; of planted data of another seed. The learning rate is "
     "that of everything but natural gradients, which have its schedule and a speed limit of their own. AdamW's weight "
     "decay of 0.1 is on linear and cosine routers as on the rest, and not on polar ones. The loss-free bias is added "
-    "to softmax scores.",
+    "to softmax scores. Where tuning gave the arm with the controller another setting than the one without, more runs "
+    "without it, at the same setting, show what the controller does by itself.",
     "",
     "Ours are compared with the linear baseline (with Switch loss, with z-loss as well, or with loss-free bias) that "
     "tuned best, and with the one that came out best, if it is another. Difference: paired over seeds, with "
@@ -103,7 +104,7 @@ def _head(results: Mapping[str, Results], pictures: Sequence[Path]) -> Iterator[
     for picture in pictures:
         yield from (f"![{picture.stem}]({picture.name})", "")
     rows = [row for found in results.values() for row in found.rows]
-    judged = [row for found in results.values() for row in found.main()]
+    judged = [row for row in rows if row["labels"]["phase"] != "tuning"]
     yield from origin_lines(judged or rows)
     if judged:
         yield f"- besides: {len(rows) - len(judged)} tuning runs"

@@ -50,6 +50,19 @@ class Results:
         judged = [row for row in self.rows if row["labels"]["phase"] == "main"]
         return judged if arm is None else [row for row in judged if row["labels"]["arm"] == arm]
 
+    def without(self, arm: str) -> list[Row]:
+        """The runs of an arm without its controller, at the same setting: of their own, or another arm's."""
+        own = [row for row in self.rows if row["labels"]["phase"] == "without" and row["labels"]["arm"] == arm]
+        other = ARMS[arm].without
+        same = other is not None and arm in self.choices and other in self.choices
+        if own or not (same and self.choices[arm].setting == self.choices[str(other)].setting):
+            return own
+        return self.main(other)
+
+    def effect(self, arm: str, name: str) -> Equivalence | None:
+        """What an arm's controller changes in a result, paired over seeds."""
+        return equivalence(self.values(arm, name), by_seed(self.without(arm), name), MARGIN)
+
     def values(self, arm: str, name: str) -> dict[int, float]:
         """A result of an arm by seed: of its finished runs that have it."""
         if arm in NO_CHOICE and name.startswith(_ROUTING):
@@ -137,7 +150,7 @@ def mixed(rows: Sequence[Row]) -> str | None:
         settings = {name: value for name, value in flat_settings(row["configuration"]).items() if name not in _SEEDS}
         shared = {name: value for name, value in settings.items() if name.startswith(_SHARED)}
         arm, phase = row["labels"]["arm"], row["labels"]["phase"]
-        for group, own in (((phase,), shared), *([((phase, arm), settings)] if phase == "main" else [])):
+        for group, own in (((phase,), shared), *([((phase, arm), settings)] if phase != "tuning" else [])):
             then = first.setdefault(group, own)
             for name in sorted(then.keys() & own.keys()):
                 if then[name] != own[name]:

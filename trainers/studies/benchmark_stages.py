@@ -112,7 +112,7 @@ class Benchmark:
         """
         found = choices(self.tier, task, self.rows(task))
         counts = {arm: count for arm, count in self._seeds(task, leading).items() if arm in found}
-        return main_runs(self.tier, task, {arm: found[arm].setting for arm in counts}, counts)
+        return main_runs(self.tier, task, {arm: choice.setting for arm, choice in found.items()}, counts)
 
     def _stage(self, stage: Stage, later: Sequence[Stage]) -> None:
         try:
@@ -187,9 +187,12 @@ class Benchmark:
             for arm in self._arms(stage.task, stage.leading):
                 yield from ((run.key, run.weight) for run in tuning_runs(self.tier, stage.task, arm))
             return
+        yield from ((run.key, run.weight) for run in self.main_runs(stage.task, stage.leading))
+        tuned = choices(self.tier, stage.task, self.rows(stage.task))
         for arm, count in self._seeds(stage.task, stage.leading).items():
-            weight = self.tier.tasks[stage.task].seconds * ARMS[arm].weight
-            yield from ((main_key(stage.task, arm, seed), weight) for seed in range(count))
+            if arm not in tuned:
+                weight = self.tier.tasks[stage.task].seconds * ARMS[arm].weight
+                yield from ((main_key(stage.task, arm, seed), weight) for seed in range(count))
 
 
 def _known(names: Sequence[str], there: Mapping[str, object], what: str) -> Sequence[str]:

@@ -10,6 +10,7 @@ from trainers.studies.benchmark_results import TARGET, Results
 from trainers.studies.benchmark_tuning import Choice
 from trainers.studies.events import orders
 from trainers.studies.intervals import Interval
+from trainers.studies.rows import by_seed
 
 _ROUTING = {
     "max_violation": "max violation",
@@ -97,7 +98,7 @@ def _routing(results: Results) -> Iterator[str]:
 
 
 def _controller(results: Results) -> Iterator[str]:
-    """Whether a controller did anything: if not, its arm is the one without it."""
+    """What a controller did, and what that changed."""
     for arm in ARMS:
         rows = [row for row in results.main(arm) if _acts(row)]
         if not rows:
@@ -107,9 +108,11 @@ def _controller(results: Results) -> Iterator[str]:
         kinds = sorted({str(order.get("name")) for one in found for order in one})
         text = f"{ARMS[arm].title}: the controller acted in {acted} of {len(rows)} runs"
         text += f" ({sum(map(len, found))} orders: {', '.join(kinds)})" if acted else ""
-        for other in ARMS:
-            if ARMS[other].ours and other != arm and (same := _same(results, arm, other)):
-                text += f"; {same} runs end with the very numbers of {ARMS[other].title}"
+        if (effect := results.effect(arm, results.task.primary)) is not None:
+            text += f"; against the same runs without it {with_width(effect.difference, '+')} ({effect.difference.n}), "
+            text += (
+                f"{effect.verdict(rises(results.task.primary))}, {_same(results, arm)} of them the very same numbers"
+            )
         yield from ("", f"{text}.")
 
 
@@ -119,9 +122,9 @@ def _acts(row: Mapping[str, object]) -> bool:
     return (configuration.get("geometry") or {}).get("controller") == "act"
 
 
-def _same(results: Results, arm: str, other: str) -> int:
-    ours, theirs = (results.values(name, "valid/loss") for name in (arm, other))
-    return sum(theirs.get(seed) == loss for seed, loss in ours.items())
+def _same(results: Results, arm: str) -> int:
+    theirs = by_seed(results.without(arm), "valid/loss")
+    return sum(theirs.get(seed) == loss for seed, loss in results.values(arm, "valid/loss").items())
 
 
 def _tuning(results: Results) -> Iterator[str]:
