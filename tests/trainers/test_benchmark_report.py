@@ -156,7 +156,8 @@ def written(tmp_path, rows, task: str = "planted") -> str:
 
 
 def cells(text: str, arm: str, table: int = 0) -> list[str]:
-    lines = [line for line in text.splitlines() if line.startswith(f"| {ARMS[arm].title} |")]
+    tables = text.partition("\n## ")[2]
+    lines = [line for line in tables.splitlines() if line.startswith(f"| {ARMS[arm].title} |")]
     return [cell.strip() for cell in lines[table].strip("|").split("|")][1:]
 
 
@@ -168,6 +169,12 @@ def test_report_says_what_the_rows_say(tmp_path):
     behind, *_, verdict = cells(text, "polar_natural", 1)
     assert behind == "+0.0499 ± 0.0004 (5)"
     assert verdict == "worse (too few pairs)"
+    head = text.partition("![")[0].splitlines()
+    summary = dict(line.strip("| ").split(" | ") for line in head if line.startswith("| ") and "| |" not in line)
+    assert summary["linear, loss-free bias"] == "1.946: the baseline"
+    assert summary["soft (all experts)"] == "-"
+    assert summary["hash"].startswith("-10.")  # of a loss: more is worse
+    assert summary["hash"].endswith(" (4), worse")
     runs, mean, difference, percent, p, verdict = cells(text, "polar_natural")
     ours, theirs = (
         [

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from trainers.studies.benchmark import ARMS, rises
+from trainers.studies.benchmark import ARMS
 from trainers.studies.benchmark_results import MARGIN, Results
+from trainers.studies.intervals import Interval
 from trainers.studies.region_figure import COLOURS, save
 
 if TYPE_CHECKING:
@@ -49,25 +50,16 @@ def write_differences(results: Mapping[str, Results], path: Path) -> bool:
     return True
 
 
-def _points(results: Results) -> dict[str, tuple[float, float]]:
-    """Return each arm's difference and the half-width of its interval, in percent of the baseline; more is better.
-
-    A single pair has no interval: NaN.
-    """
-    found = {}
-    for arm in ARMS:
-        compared = results.compared(arm, results.task.primary)
-        if compared is not None and compared.margin:
-            scale = (1 if rises(results.task.primary) else -1) * 100 * MARGIN / compared.margin
-            found[arm] = (scale * compared.difference.mean, abs(scale) * compared.difference.half_width)
-    return found
+def _points(results: Results) -> dict[str, Interval]:
+    return {arm: found for arm in ARMS if (found := results.gain(arm)) is not None}
 
 
 def _draw_differences(axes: Axes, results: Results, arms: Sequence[str]) -> None:
     margin = 100 * MARGIN
     axes.axvspan(-margin, margin, color="#009E73", alpha=0.15, linewidth=0)
     axes.axvline(0, color="#000000", linewidth=0.7)
-    for arm, (mean, width) in _points(results).items():
+    for arm, found in _points(results).items():
+        mean, width = found.mean, found.half_width
         colour = _OURS if ARMS[arm].ours else _LINEAR if ARMS[arm].linear else _OTHER
         place = arms.index(arm)
         if abs(mean) > _CUT * margin:

@@ -99,8 +99,35 @@ _METHOD = (
 )
 
 
+def summary(results: Mapping[str, Results]) -> Iterator[str]:
+    """Yield one table of all tasks: each arm's gain over the baseline and what it shows.
+
+    Args:
+        results: by task.
+    """
+    yield f"| | {' | '.join(found.task.title.partition(',')[0] for found in results.values())} |"
+    yield f"|---|{'---|' * len(results)}"
+    for arm in ARMS:
+        yield f"| {ARMS[arm].title} | {' | '.join(_gain(found, arm) for found in results.values())} |"
+    yield ""
+    yield (
+        "Gain over the best-tuned linear baseline in % of its bits per byte, accuracy or nats, more is better; 95% "
+        f"interval, pairs, verdict (equivalent: within {MARGIN:.1%})."
+    )
+
+
+def _gain(results: Results, arm: str) -> str:
+    found = results.gain(arm)
+    if found is None:
+        mean = results.mean(arm, results.task.primary)
+        return f"{mean.mean:.4g}: the baseline" if mean and arm == results.reference else "-"
+    verdict = _verdict(results, arm, results.compared(arm, results.task.primary))
+    return f"{with_width(found, '+', digits=2)} ({found.n}), {verdict}"
+
+
 def _head(results: Mapping[str, Results], pictures: Sequence[Path]) -> Iterator[str]:
     yield from ("# Benchmark", "", "Is geometric routing better than what people use, as good, or worse?", "")
+    yield from (*summary(results), "")
     for picture in pictures:
         yield from (f"![{picture.stem}]({picture.name})", "")
     rows = [row for found in results.values() for row in found.rows]

@@ -81,6 +81,15 @@ class Results:
             return None
         return equivalence(self.values(arm, name), self.values(other, name), MARGIN)
 
+    def gain(self, arm: str) -> Interval | None:
+        """The first result less that of the reference in percent of it, more is better; None without a pair."""
+        found = self.compared(arm, self.task.primary)
+        if found is None or not found.margin:
+            return None
+        scale = (1 if rises(self.task.primary) else -1) * 100 * MARGIN / found.margin
+        width = abs(scale) * found.difference.half_width
+        return Interval(mean=scale * found.difference.mean, half_width=width, n=found.difference.n)
+
     def best_linear(self) -> str | None:
         """The linear baseline that is best in the runs that are judged, over the seeds that all of them have."""
         name = self.task.primary
