@@ -1,4 +1,4 @@
-"""The figures of the benchmark: differences to the baseline beside what counts as equal, and loss over tokens."""
+"""The figures of the benchmark: differences to the baseline, at the end and on the way."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 #: Of an arm: ours, linear baselines, others.
 _OURS, _LINEAR, _OTHER = COLOURS[1], COLOURS[0], COLOURS[7]
+
+#: Solid, dashed and dotted lines, and their colours in turn.
+_KINDS = (
+    [arm for arm in ARMS if ARMS[arm].ours],
+    [arm for arm in ARMS if ARMS[arm].linear],
+    [arm for arm in ARMS if not (ARMS[arm].ours or ARMS[arm].linear)],
+)
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 
 #: Differences beyond this many margins are cut; an arrow says so.
 _CUT = 6.0
@@ -77,7 +85,7 @@ def _draw_differences(axes: Axes, results: Results, arms: Sequence[str]) -> None
 
 
 def write_curves(results: Mapping[str, Results], path: Path) -> bool:
-    """Draw training loss over tokens, means over seeds, a panel a task.
+    """Draw training loss over tokens less the baseline's, means over the seeds both have, a panel a task.
 
     Args:
         results: by task.
@@ -88,31 +96,50 @@ def write_curves(results: Mapping[str, Results], path: Path) -> bool:
     """
     from matplotlib.figure import Figure
 
-    shown = {task: found for task, found in results.items() if any(found.curves(arm) for arm in ARMS)}
+    lines = {task: _lines(found) for task, found in results.items()}
+    shown = {task: found for task, found in lines.items() if found}
     if not shown:
         return False
     figure = Figure(figsize=(3.4 * len(shown) + 2.0, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for panel, found in zip(axes, shown.values(), strict=True):
-        _draw_curves(panel, found)
-    handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    for panel, (task, found) in zip(axes, shown.items(), strict=True):
+        _draw_curves(panel, found, results[task].task.title)
+    axes[0].set_ylabel("training loss less the baseline's, nats", fontsize=8)
+    handles = {line.get_label(): line for panel in axes for line in panel.get_lines()[1:]}
     figure.legend([*handles.values()], [*map(str, handles)], loc="outside right center", fontsize=7)
     save(figure, path)
     return True
 
 
-def _draw_curves(axes: Axes, results: Results) -> None:
-    for number, arm in enumerate(ARMS):
-        curves = results.curves(arm)
-        if not curves:
+def _lines(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Return tokens and mean difference of each arm that has seeds in common with the baseline."""
+    theirs = {} if results.reference is None else results.curves(results.reference)
+    found = {}
+    for arm in ARMS:
+        ours = results.curves(arm)
+        if arm == results.reference or not (seeds := ours.keys() & theirs.keys()):
             continue
-        length = min(map(len, curves))
-        tokens = [point[0] for point in curves[0][:length]]
-        losses = [fmean(curve[index][1] for curve in curves) for index in range(length)]
-        style = "-" if ARMS[arm].ours else "--" if ARMS[arm].linear else ":"
-        axes.plot(tokens, losses, style, color=COLOURS[number % len(COLOURS)], linewidth=1.1, label=ARMS[arm].title)
-    axes.set_title(results.task.title, fontsize=8)
+        pairs = [list(zip(ours[seed], theirs[seed], strict=False)) for seed in sorted(seeds)]
+        found[arm] = [
+            (points[0][0][0], fmean(mine - other for (_, mine), (_, other) in points))
+            for points in zip(*pairs, strict=False)
+        ]
+    return found
+
+
+def _draw_curves(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    axes.axhline(0, color="#000000", linewidth=0.7)
+    for arm, points in lines.items():
+        kind = next(own for own in _KINDS if arm in own)
+        style = ("-", "--", ":")[_KINDS.index(kind)]
+        colour = _LINES[kind.index(arm) % len(_LINES)]
+        axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.1, label=ARMS[arm].title)
+    # The first tenth is warm-up, where differences are large and say little.
+    late = [loss for points in lines.values() for _, loss in points[len(points) // 10 :]]
+    low, high = min(0.0, *late), max(0.0, *late)
+    margin = 0.05 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_title(title, fontsize=8)
     axes.set_xlabel("tokens", fontsize=8)
-    axes.set_ylabel("training loss", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.5)

@@ -106,8 +106,8 @@ class Results:
 
     def tokens_ratio(self, arm: str) -> tuple[Interval | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
-        theirs = {row["seed"]: smoothed(_curve(row)) for row in self._of_reference() if _curve(row)}
-        ours = {row["seed"]: smoothed(_curve(row)) for row in self.main(arm) if _curve(row)}
+        theirs = {} if self.reference is None else self.curves(self.reference)
+        ours = self.curves(arm)
         above, below, lost = {}, {}, 0
         for seed in ours.keys() & theirs.keys():
             target = loss_at(theirs[seed], TARGET * theirs[seed][-1][0])
@@ -117,9 +117,9 @@ class Results:
                 above[seed], below[seed] = reached, tokens_to(theirs[seed], target) or theirs[seed][-1][0]
         return self._ratio(above, below), lost
 
-    def curves(self, arm: str) -> list[list[tuple[float, float]]]:
-        """Loss over tokens of an arm's runs, where rows have it."""
-        return [curve for row in self.main(arm) if (curve := _curve(row))]
+    def curves(self, arm: str) -> dict[int, list[tuple[float, float]]]:
+        """Training loss over tokens of an arm's runs by seed, smoothed, where rows have it."""
+        return {row["seed"]: smoothed(curve) for row in self.main(arm) if (curve := _curve(row))}
 
     def _of_reference(self) -> list[Row]:
         return [] if self.reference is None else self.main(self.reference)
