@@ -144,6 +144,7 @@ _VISION = Task(
     files=("fashion-mnist/train-images-idx3-ubyte.gz",),
     tuning=("data.split=valid",),  # no look at the test images
     steps=1000,
+    share=0.5,  # an eighth prefers rates that lose in the end
     seconds=100,
 )
 _PLANTED = Task(
