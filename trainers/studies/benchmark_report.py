@@ -77,9 +77,9 @@ def _results(benchmark: Benchmark, task: str) -> Results:
 
 
 _METHOD = (
-    "Every arm was tuned in every task with the same number of short runs (an eighth of the length for text, half of it "
-    "for images and planted data), on a seed of its own: three learning rates "
-    "by two weights of its balance (two speeds of the loss-free bias), or six learning rates where there is nothing to "
+    "Every arm was tuned in every task with the same number of short runs (an eighth of the length for text, half of "
+    "it for images and planted data), on a seed of its own: three learning rates by two weights of its balance (two "
+    "speeds of the loss-free bias), or six learning rates where there is nothing to "
     "balance. The least validation loss decided: of the last 5,000 train images, which were then not trained on; of "
     "the first part of the held-out text, which judges as well; of planted data of another seed. The learning rate is "
     "that of everything but natural gradients, which have its schedule and a speed limit of their own. AdamW's weight "
