@@ -29,7 +29,6 @@ class Window:
         self.experts: dict[str, int] = {}
         self._num_domains, self._group = num_domains, group
         self._sums: dict[str, LayerStatistics] = {}
-        self._posted: Arrived | None = None
         self._arrived: Arrived | None = None
         self._underway: tuple[RoutingStatistics, dict[str, int], Tensor, Any] | None = None
         self.previous: RoutingStatistics | None = None
@@ -62,7 +61,6 @@ class Window:
 
     def post(self, reduced: RoutingStatistics, numbers: Mapping[str, Tensor]) -> None:
         """Send reduced sums, and other numbers of the step, vectors by name, to the host."""
-        self._posted = (reduced, dict(numbers))
         others = {name: values.to(reduced.failures) for name, values in numbers.items()}
         if reduced.failures.device.type == "cpu":
             self._arrive(reduced, others)
@@ -93,14 +91,13 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """Return the last step's sums and numbers, and the sums before them: plain tensors."""
-        reduced, numbers = self._posted or (None, {})
-        self.newest(wait=True)
+        reduced, numbers = self.newest(wait=True) or (None, {})
         before = self.previous  # on an accelerator, what the controller reads next is against these
         return {
             "experts": {} if reduced is None else {name: sums.num_experts for name, sums in reduced.layers.items()},
-            "sums": None if reduced is None else reduced.flat().cpu(),
-            "before": None if before is None else before.flat().cpu(),
-            "numbers": {name: values.cpu() for name, values in numbers.items()},
+            "sums": None if reduced is None else reduced.flat(),
+            "before": None if before is None else before.flat(),
+            "numbers": {name: values.clone() for name, values in numbers.items()},
         }
 
     def restored(self, state: Mapping[str, Any]) -> RoutingStatistics | None:
