@@ -15,7 +15,7 @@ from trainers import build
 from trainers.loop import Trainer
 from trainers.pairs import Comparison
 from trainers.studies.benchmark import ARMS
-from trainers.studies.runs import Run, configurations
+from trainers.studies.runs import Run, configurations, trainer_of
 
 #: Between two inversions of natural gradients' factors, one of them included.
 STEPS = mg.NaturalConfig().refresh_every
@@ -34,33 +34,21 @@ def rows(device: torch.device, size: tuple[str, ...] = SIZE) -> Iterator[Compari
         device: where.
         size: overrides, the same for all arms.
     """
-    configs = configurations([Run(arm, [*size, f"arm={arm}"], {}) for arm in ARMS])
+    configs = configurations([Run(arm, [*size, f"arm={arm}", f"device={device.type}"], {}) for arm in ARMS])
     base, *others = (OmegaConf.create(config) for config in configs)
     first, *arms = ARMS
-    theirs = _steps(base, device)
+    theirs = _steps(base)
     for arm, config in zip(arms, others, strict=True):
         name = f"arm: {STEPS} training steps, {ARMS[arm].title} vs {ARMS[first].title}"
-        yield Comparison(name=name, ours=_steps(config, device), theirs=theirs)
+        yield Comparison(name=name, ours=_steps(config), theirs=theirs)
 
 
-def _steps(config: DictConfig, device: torch.device) -> Callable[[], None]:
+def _steps(config: DictConfig) -> Callable[[], None]:
     """Return what takes ``STEPS`` steps of a run; the run itself is made at the first call."""
 
     @functools.cache
     def trainer() -> Trainer:
-        data = build.build(config, "data")
-        torch.manual_seed(config.seed)
-        model = build.build_model(config, data).to(device)
-        return Trainer(
-            model,
-            data,
-            build.build_optimizer(config, model),
-            build.build(config, "loop"),
-            geometry=build.build(config, "geometry"),
-            logger=NullLogger(),
-            directory=Path(),
-            device=device,
-        )
+        return trainer_of(config, build.build(config, "data"), NullLogger(), Path())
 
     def steps() -> None:
         run = trainer()

@@ -113,7 +113,7 @@ def write_curves(results: Mapping[str, Results], path: Path) -> bool:
 
 def _lines(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Return tokens and mean difference of each arm that has seeds in common with the baseline."""
-    theirs = {} if results.reference is None else results.curves(results.reference)
+    theirs = results.curves(results.reference)
     found = {}
     for arm in ARMS:
         ours = results.curves(arm)

@@ -9,11 +9,11 @@ from typing import Any
 
 from trainers.studies.benchmark import ARMS, rises
 from trainers.studies.benchmark_figure import write_curves, write_differences
-from trainers.studies.benchmark_results import MARGIN, Results, mixed, results_of
+from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of
 from trainers.studies.benchmark_stages import Benchmark
-from trainers.studies.benchmark_tables import with_width, write_tables
+from trainers.studies.benchmark_tables import write_tables
 from trainers.studies.files import write_whole
-from trainers.studies.intervals import Equivalence
+from trainers.studies.intervals import Equivalence, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
 from trainers.studies.rows import reasons
 from trainers.studies.runs import StudyError
@@ -123,7 +123,7 @@ def _gain(results: Results, arm: str) -> str:
         mean = results.mean(arm, results.task.primary)
         return f"{mean.mean:.4g}: the baseline" if mean and arm == results.reference else "-"
     verdict = _verdict(results, arm, results.compared(arm, results.task.primary))
-    return f"{with_width(found, '+', digits=2)} ({found.n}), {verdict}"
+    return f"{with_pairs(found, digits=2)}, {verdict}"
 
 
 def _head(results: Mapping[str, Results], pictures: Sequence[Path]) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _task(results: Results, broken: str | None) -> Iterator[str]:
 
 def _size(results: Results) -> str | None:
     """Return what was trained on what, of the mixtures that choose their experts."""
-    rows = [row for row in results.main() if row["labels"]["arm"] not in ("soft", "dense")]
+    rows = [row for row in results.judged if row["labels"]["arm"] not in NO_CHOICE]
     if not rows:
         return None
     config: Mapping[str, Any] = rows[0]["configuration"]
@@ -179,7 +179,7 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for arm in ARMS:
         found = results.compared(arm, primary)
-        mean = with_width(results.mean(arm, primary))
+        mean = with_half_width(results.mean(arm, primary), digits=DIGITS)
         cells = (_runs(results, arm), mean, *_difference(found), _verdict(results, arm, found))
         yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
     if best is not None and best != reference and reference is not None:
@@ -207,7 +207,7 @@ def _difference(found: Equivalence | None) -> tuple[str, str, str]:
     base = found.margin / MARGIN
     percent = f"{100 * found.difference.mean / base:+.2f}" if base else "-"
     p = "-" if math.isnan(found.p) else f"{found.p:.3f}" if found.p >= 0.001 else "<0.001"
-    return f"{with_width(found.difference, '+')} ({found.difference.n})", percent, p
+    return with_pairs(found.difference, DIGITS), percent, p
 
 
 def _verdict(results: Results, arm: str, found: Equivalence | None) -> str:

@@ -23,6 +23,13 @@ TARGET = 0.75
 NO_CHOICE = ("soft", "dense")
 _ROUTING = ("max_violation", "valid/geometry/", "valid/recovery")
 
+#: After the point, of results and differences.
+DIGITS = 4
+
+#: What may differ between runs of an arm, and what may not between arms.
+_SEEDS = ("seed", "data.seed")
+_SHARED = ("data.", "loop.", "model.dim", "model.layers", "model.heads")
+
 #: A curve's points are averaged over so many before a target is looked for in them.
 _WINDOW = 5
 
@@ -45,19 +52,21 @@ class Results:
     reference: str | None
     expected: Mapping[str, int]
 
-    def main(self, arm: str | None = None) -> list[Row]:
-        """The rows that are judged, of an arm or of all."""
-        judged = [row for row in self.rows if row["labels"]["phase"] == "main"]
-        return judged if arm is None else [row for row in judged if row["labels"]["arm"] == arm]
+    @property
+    def judged(self) -> list[Row]:
+        """The rows that are judged."""
+        return [row for row in self.rows if row["labels"]["phase"] == "main"]
+
+    def main(self, arm: str | None) -> list[Row]:
+        """The rows that are judged, of an arm; of None, none."""
+        return [row for row in self.judged if row["labels"]["arm"] == arm]
 
     def without(self, arm: str) -> list[Row]:
         """The runs of an arm without its controller, at the same setting: of their own, or another arm's."""
         own = [row for row in self.rows if row["labels"]["phase"] == "without" and row["labels"]["arm"] == arm]
         other = ARMS[arm].without
-        same = other is not None and arm in self.choices and other in self.choices
-        if own or not (same and self.choices[arm].setting == self.choices[str(other)].setting):
-            return own
-        return self.main(other)
+        settings = [choice.setting for name, choice in self.choices.items() if name in (arm, other)]
+        return self.main(other) if not own and len(settings) == 2 and settings[0] == settings[1] else own
 
     def effect(self, arm: str, name: str) -> Equivalence | None:
         """What an arm's controller changes in a result, paired over seeds."""
@@ -102,12 +111,11 @@ class Results:
 
     def step_ratio(self, arm: str) -> Interval | None:
         """The time of a step in steps of the reference: the mean over seeds both have."""
-        return self._ratio(by_seed(self._of_reference(), _SPEED), by_seed(self.main(arm), _SPEED))
+        return self._ratio(by_seed(self.main(self.reference), _SPEED), by_seed(self.main(arm), _SPEED))
 
     def tokens_ratio(self, arm: str) -> tuple[Interval | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
-        theirs = {} if self.reference is None else self.curves(self.reference)
-        ours = self.curves(arm)
+        theirs, ours = self.curves(self.reference), self.curves(arm)
         above, below, lost = {}, {}, 0
         for seed in ours.keys() & theirs.keys():
             target = loss_at(theirs[seed], TARGET * theirs[seed][-1][0])
@@ -117,12 +125,9 @@ class Results:
                 above[seed], below[seed] = reached, tokens_to(theirs[seed], target) or theirs[seed][-1][0]
         return self._ratio(above, below), lost
 
-    def curves(self, arm: str) -> dict[int, list[tuple[float, float]]]:
+    def curves(self, arm: str | None) -> dict[int, list[tuple[float, float]]]:
         """Training loss over tokens of an arm's runs by seed, smoothed, where rows have it."""
         return {row["seed"]: smoothed(curve) for row in self.main(arm) if (curve := _curve(row))}
-
-    def _of_reference(self) -> list[Row]:
-        return [] if self.reference is None else self.main(self.reference)
 
     def _ratio(self, above: Mapping[int, float], below: Mapping[int, float]) -> Interval | None:
         ratios = {seed: value / below[seed] for seed, value in above.items() if below.get(seed)}
@@ -165,10 +170,6 @@ def mixed(rows: Sequence[Row]) -> str | None:
                 if then[name] != own[name]:
                     return f"{row['key']}: {name} {own[name]}, not {then[name]}"
     return None
-
-
-_SEEDS = ("seed", "data.seed")
-_SHARED = ("data.", "loop.", "model.dim", "model.layers", "model.heads")
 
 
 def _max_violation(rows: Sequence[Row]) -> dict[int, float]:

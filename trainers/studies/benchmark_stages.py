@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainers.data.base import data_file
 from trainers.studies.benchmark import ARMS, LEADING, Task, Tier, main_key, main_runs, seeds_of, tuning_runs
-from trainers.studies.benchmark_tuning import choices
+from trainers.studies.benchmark_tuning import Choice, choices
 from trainers.studies.rows import Row, read_rows
 from trainers.studies.runner import Study, run_study
 from trainers.studies.runs import Run, StudyError, configurations
@@ -110,7 +110,9 @@ class Benchmark:
             task: one of the tasks.
             leading: as in ``Stage``.
         """
-        found = choices(self.tier, task, self.rows(task))
+        return self._main_runs(task, leading, choices(self.tier, task, self.rows(task)))
+
+    def _main_runs(self, task: str, leading: bool | None, found: Mapping[str, Choice]) -> list[Run]:
         counts = {arm: count for arm, count in self._seeds(task, leading).items() if arm in found}
         return main_runs(self.tier, task, {arm: choice.setting for arm, choice in found.items()}, counts)
 
@@ -180,15 +182,15 @@ class Benchmark:
         except StudyError:
             return {}
         there = {row["key"] for row in rows}
-        return {key: weight for key, weight in self._expected(stage) if key not in there}
+        return {key: weight for key, weight in self._expected(stage, rows) if key not in there}
 
-    def _expected(self, stage: Stage) -> Iterator[tuple[str, float]]:
+    def _expected(self, stage: Stage, rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
         if stage.tuning:
             for arm in self._arms(stage.task, stage.leading):
                 yield from ((run.key, run.weight) for run in tuning_runs(self.tier, stage.task, arm))
             return
-        yield from ((run.key, run.weight) for run in self.main_runs(stage.task, stage.leading))
-        tuned = choices(self.tier, stage.task, self.rows(stage.task))
+        tuned = choices(self.tier, stage.task, rows)
+        yield from ((run.key, run.weight) for run in self._main_runs(stage.task, stage.leading, tuned))
         for arm, count in self._seeds(stage.task, stage.leading).items():
             if arm not in tuned:
                 weight = self.tier.tasks[stage.task].seconds * ARMS[arm].weight

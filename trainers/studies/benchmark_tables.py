@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from trainers.studies.benchmark import ARMS, rises
-from trainers.studies.benchmark_results import TARGET, Results
+from trainers.studies.benchmark_results import DIGITS, TARGET, Results
 from trainers.studies.benchmark_tuning import Choice
 from trainers.studies.events import orders
-from trainers.studies.intervals import Interval
+from trainers.studies.intervals import with_half_width, with_pairs
 from trainers.studies.rows import by_seed
 
 _ROUTING = {
@@ -49,8 +48,8 @@ def _further(results: Results, metrics: Mapping[str, str]) -> Iterator[str]:
             found = results.compared(arm, key)
             note = ""
             if found is not None:
-                note = f" ({with_width(found.difference, '+')}, {found.verdict(rises(key))})"
-            cells.append(f"{with_width(results.mean(arm, key))}{note}")
+                note = f" ({with_half_width(found.difference, '+', DIGITS)}, {found.verdict(rises(key))})"
+            cells.append(f"{with_half_width(results.mean(arm, key), digits=DIGITS)}{note}")
         yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
 
 
@@ -58,10 +57,13 @@ def _domains(results: Results) -> dict[str, int | None]:
     """Return the domains whose loss is of interest, and how many targets each has, where rows tell."""
     if not results.task.domains:
         return {}
-    names = [name for row in results.main() for name in row["results"] if name.startswith("valid/domain/")]
-    counts = {name: value for row in results.main() for name, value in row["results"].items()}
-    losses = (name for name in dict.fromkeys(names) if name.endswith("/loss"))
-    return {name: counts.get(name.removesuffix("loss") + "targets") for name in losses}
+    found = {
+        name: value
+        for row in results.judged
+        for name, value in row["results"].items()
+        if name.startswith("valid/domain/")
+    }
+    return {name: found.get(name.removesuffix("loss") + "targets") for name in found if name.endswith("/loss")}
 
 
 def _by_domain(results: Results, domains: Mapping[str, int | None]) -> Iterator[str]:
@@ -80,13 +82,12 @@ def _routing(results: Results) -> Iterator[str]:
     yield f"| arm | {' | '.join(columns.values())} | tokens/s | step time | tokens to target |"
     yield f"|---|{'---|' * (len(columns) + 3)}"
     for arm in ARMS:
-        cells = [
-            with_width(results.mean(arm, key), digits=1 if key.endswith("/dead_experts") else 4) for key in columns
-        ]
+        digits = {key: 1 if key.endswith("/dead_experts") else DIGITS for key in columns}
+        cells = [with_half_width(results.mean(arm, key), digits=digits[key]) for key in columns]
         speed = results.mean(arm, "train/tokens_per_second")
-        cells += ["-" if speed is None else f"{speed.mean:,.0f}", with_width(results.step_ratio(arm), digits=2)]
+        cells += ["-" if speed is None else f"{speed.mean:,.0f}", with_half_width(results.step_ratio(arm), digits=2)]
         ratio, lost = results.tokens_ratio(arm)
-        reached = with_width(ratio, digits=2)
+        reached = with_half_width(ratio, digits=2)
         cells.append(f"not reached in {lost} of {lost + (ratio.n if ratio else 0)}" if lost else reached)
         yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
     yield ""
@@ -109,10 +110,9 @@ def _controller(results: Results) -> Iterator[str]:
         text = f"{ARMS[arm].title}: the controller acted in {acted} of {len(rows)} runs"
         text += f" ({sum(map(len, found))} orders: {', '.join(kinds)})" if acted else ""
         if (effect := results.effect(arm, results.task.primary)) is not None:
-            text += f"; against the same runs without it {with_width(effect.difference, '+')} ({effect.difference.n}), "
-            text += (
-                f"{effect.verdict(rises(results.task.primary))}, {_same(results, arm)} of them the very same numbers"
-            )
+            verdict = effect.verdict(rises(results.task.primary))
+            text += f"; against the same runs without it {with_pairs(effect.difference, DIGITS)}, {verdict}, "
+            text += f"{_same(results, arm)} of them the very same numbers"
         yield from ("", f"{text}.")
 
 
@@ -158,17 +158,3 @@ def _at_the_edge(found: Choice) -> str:
     rates: Sequence[float] = sorted({setting["optimizer.lr"] for setting, _ in found.tried})
     edge = found.setting["optimizer.lr"] in (rates[0], rates[-1])
     return "at the edge of the rates" if edge else ""
-
-
-def with_width(found: Interval | None, sign: str = "", digits: int = 4) -> str:
-    """Return "1.2345 ± 0.0012"; the mean alone where one value says nothing of its uncertainty; "-" without any.
-
-    Args:
-        found: the interval.
-        sign: ``"+"`` for one in any case.
-        digits: after the point.
-    """
-    if found is None:
-        return "-"
-    mean = f"{found.mean:{sign}.{digits}f}"
-    return mean if math.isnan(found.half_width) else f"{mean} ± {found.half_width:.{digits}f}"

@@ -221,12 +221,20 @@ def ratio_of_means(
     return Ratio(value=above.mean / below.mean, low=(b - root) / a, high=(b + root) / a, n=n)
 
 
-def with_pairs(difference: Interval | None) -> str:
+def with_pairs(difference: Interval | None, digits: int = 3) -> str:
     """Return a paired difference with its sign and number of pairs, "+0.012 ± 0.005 (3)"; "-" where there is none."""
-    return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
+    return "-" if difference is None else f"{with_half_width(difference, '+', digits)} ({difference.n})"
 
 
-def with_half_width(interval: Interval, sign: str = "") -> str:
-    """Return "1.234 ± 0.005", or the mean alone where one value says nothing of its uncertainty."""
-    mean = f"{interval.mean:{sign}.3f}"
-    return mean if math.isnan(interval.half_width) else f"{mean} ± {interval.half_width:.3f}"
+def with_half_width(interval: Interval | None, sign: str = "", digits: int = 3) -> str:
+    """Return "1.234 ± 0.005"; the mean alone where one value says nothing of its uncertainty; "-" without any.
+
+    Args:
+        interval: the mean.
+        sign: ``"+"`` for one in any case.
+        digits: after the point.
+    """
+    if interval is None:
+        return "-"
+    mean = f"{interval.mean:{sign}.{digits}f}"
+    return mean if math.isnan(interval.half_width) else f"{mean} ± {interval.half_width:.{digits}f}"

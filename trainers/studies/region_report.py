@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trainers.studies.files import write_whole
-from trainers.studies.intervals import mean_interval, paired_difference, with_half_width
+from trainers.studies.intervals import mean_interval, paired_difference, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines
 from trainers.studies.region import REFERENCE
 from trainers.studies.region_figure import write_figure
@@ -93,7 +93,4 @@ def _table(grid: Grid, text: Callable[[str, float], str]) -> Iterator[str]:
 
 
 def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    if ours == theirs:
-        return "0"
-    difference = paired_difference(ours, theirs)
-    return "-" if difference is None else f"{with_half_width(difference, '+')} ({difference.n})"
+    return "0" if ours == theirs else with_pairs(paired_difference(ours, theirs))

@@ -22,7 +22,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moegeo_router.loggers import NullLogger
+from moegeo_router.loggers import Logger, NullLogger
 from moegeo_router.loggers.base import Level
 from trainers import build
 from trainers.data.base import Data
@@ -247,10 +247,28 @@ def _trained(
     data = cache.get(config)
     outcome["data"] = f"{data.name} {data.fingerprint[:16]}"
     probes = build_probes(config, data)
+    trainer = trainer_of(config, data, logger, directory)
+    evaluation = trainer.run(progress or Silent())
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteError(f"the validation loss is {evaluation.loss}")
+    probed = evaluate_probes(trainer.model, probes, trainer.device, config.loop.precision)
+    targets = {f"valid/domain/{name}/targets": count for name, count in evaluation.domain_targets.items() if count}
+    return evaluation.scalars(per_layer=True) | targets | probe_scalars(probed)
+
+
+def trainer_of(config: DictConfig, data: Data, logger: Logger, directory: Path) -> Trainer:
+    """Return the trainer of a run from its beginning; its seed decides all but the data.
+
+    Args:
+        config: the run's, resolved.
+        data: that of ``config.data``.
+        logger: takes its numbers.
+        directory: for its checkpoints.
+    """
     device = build.build_device(config.device)
     torch.manual_seed(config.seed)  # after the data, which may or may not have been built in this run
     model = build.build_model(config, data).to(device)
-    trainer = Trainer(
+    return Trainer(
         model,
         data,
         build.build_optimizer(config, model),
@@ -261,12 +279,6 @@ def _trained(
         device=device,
         fault=build.build_fault(config),
     )
-    evaluation = trainer.run(progress or Silent())
-    if not math.isfinite(evaluation.loss):
-        raise NonFiniteError(f"the validation loss is {evaluation.loss}")
-    probed = evaluate_probes(model, probes, device, config.loop.precision)
-    targets = {f"valid/domain/{name}/targets": count for name, count in evaluation.domain_targets.items() if count}
-    return evaluation.scalars(per_layer=True) | targets | probe_scalars(probed)
 
 
 def _of_training(logger: MemoryLogger) -> dict[str, float]:
