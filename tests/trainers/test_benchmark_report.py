@@ -18,6 +18,7 @@ from trainers.studies.benchmark import ARMS, TIERS, main_runs, tuning_runs
 from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_results import loss_at, mixed, results_of, smoothed, tokens_to
 from trainers.studies.benchmark_stages import Benchmark
+from trainers.studies.benchmark_tuning import choices
 from trainers.studies.intervals import equivalence, mean_interval
 from trainers.studies.rows import RowsFile
 from trainers.studies.runs import StudyError
@@ -116,7 +117,7 @@ def rows_of(task: str = "planted", ours: float = -0.0001, seeds: int = 10):
         tuned = [2.0 + 0.1 * abs(index - 2) - 0.01 * (number == 1) for index in range(6)]
         found += benchmark_rows(CPU, tuning_runs(CPU, task, arm), tuned)
     shared = [1.9 + noise.random() / 10 for _ in range(max(seeds, 5))]
-    tuned_to = {row["labels"]["arm"]: row["labels"]["setting"] for row in found}
+    tuned_to = {arm: choice.setting for arm, choice in choices(CPU, task, found).items()}
     for arm, count, difference in (
         ("linear_bias", seeds, 0.0),
         ("polar_natural", seeds, ours),
@@ -263,6 +264,8 @@ def test_domains_with_little_text_have_a_star_and_edges_are_said(tmp_path):
     for row in rows:
         if row["labels"]["arm"] == "hash" and row["labels"]["phase"] == "tuning":
             row["results"]["valid/loss"] = 10 - 100 * row["labels"]["setting"]["optimizer.lr"]
+        elif row["labels"]["arm"] == "hash":
+            row["labels"] |= {"setting": {"optimizer.lr": 0.008}}
     text = written(tmp_path, rows, "multidomain")
     assert "| go | 1,999* | 1.500 | " in text
     assert "| maths | 2,000 | 1.250 | " in text
@@ -291,6 +294,18 @@ def test_rows_of_mixed_settings_are_no_report(tmp_path, key, change, message):
             file.append(row)
     with pytest.raises(StudyError, match=f"rows of different settings .{key}: {message}"):
         write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
+
+
+def test_runs_that_tuning_did_not_choose_are_no_report(tmp_path):
+    rows = rows_of()
+    tuned = [row for row in rows if row["key"].startswith("planted/tuning/polar_natural/")]
+    losses = {row["key"]: row["results"]["valid/loss"] for row in tuned}
+    now = max(tuned, key=lambda row: losses[row["key"]])  # tuned again, another one is the best
+    now["results"] |= {"valid/loss": 0.1}
+    setting = next(row["labels"]["setting"] for row in rows if row["key"] == "planted/polar_natural/seed0")
+    assert setting != now["labels"]["setting"]
+    with pytest.raises(StudyError, match=r"not trained with what tuning chose \(planted/polar_natural/seed0: .*, not "):
+        written(tmp_path, rows)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):

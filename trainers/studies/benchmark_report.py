@@ -9,7 +9,7 @@ from typing import Any
 
 from trainers.studies.benchmark import ARMS, rises
 from trainers.studies.benchmark_figure import write_curves, write_differences
-from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of
+from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of, unchosen
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tables import write_tables
 from trainers.studies.files import write_whole
@@ -73,7 +73,10 @@ def _results(benchmark: Benchmark, task: str) -> Results:
         raise StudyError(f"{path} holds rows of {other}, not of {tier.study}")
     if difference := mixed(rows):
         raise StudyError(f"{path} holds rows of different settings ({difference})")
-    return results_of(tier, task, rows, benchmark.seeds)
+    found = results_of(tier, task, rows, benchmark.seeds)
+    if difference := unchosen(found):
+        raise StudyError(f"{path} holds runs that were not trained with what tuning chose ({difference})")
+    return found
 
 
 _METHOD = (

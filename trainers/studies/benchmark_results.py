@@ -172,6 +172,22 @@ def mixed(rows: Sequence[Row]) -> str | None:
     return None
 
 
+def unchosen(results: Results) -> str | None:
+    """Return how a judged run differs from what tuning chose, ``"planted/hash/seed1: optimizer.lr 0.002, not 0.004"``.
+
+    Tuning that is done again may choose something else than what the runs that are there had. None: none differs.
+
+    Args:
+        results: of a task.
+    """
+    for row in results.judged:
+        choice, setting = results.choices.get(row["labels"]["arm"]), row["labels"]["setting"]
+        for key, value in choice.setting.items() if choice is not None else ():
+            if setting.get(key) != value:
+                return f"{row['key']}: {key} {setting.get(key)}, not {value}"
+    return None
+
+
 def _max_violation(rows: Sequence[Row]) -> dict[int, float]:
     """The busiest expert's load over the fair one, less 1: the mean over layers, on the held-out split."""
     found = {}
