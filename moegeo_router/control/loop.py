@@ -368,11 +368,14 @@ class ControlLoop:
     def _tell(self, event: Event) -> None:
         self._events.append(event)
         # Who takes the events shows them; to others they are told.
-        alone = not dist.is_initialized() or dist.get_rank() == 0
-        if alone and not self._heard and event.level != "info":
-            _LOG.log(
-                logging.WARNING if event.level == "warning" else logging.ERROR, "step %d: %s", event.step, event.line
-            )
+        if not self._heard and (not dist.is_initialized() or dist.get_rank() == 0):
+            tell(event)
+
+
+def tell(event: Event) -> None:
+    """Tell Python's logger ``moegeo_router`` what happened, unless it is for information only."""
+    if event.level != "info":
+        _LOG.log(logging.WARNING if event.level == "warning" else logging.ERROR, "step %d: %s", event.step, event.line)
 
 
 def _is_of(standing: Standing, decision: Decision) -> bool:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..attach import Geometry, attach
 from ..config import GeometryConfig
+from ..control.loop import tell
+from ..loggers import Logger, MultiLogger
 from ..losses import Regularizers
 from ..observe.build import unwrapped
 from ..routers.convert import geometrize
@@ -58,6 +60,9 @@ class MoEGeometryCallback(TrainerCallback):
         manifold: ``"polar"`` or ``"euclidean"``, for routers that are on none yet. Others change what the model
             computes: ``geometrize`` it before the trainer is made.
         watch: nothing but metrics and alerts: the training is bit for bit the one without the callback.
+        logger: gets the controller's readings, alerts and actions, and the pictures of ``config.pictures_every``, from
+            the first process, with the Trainer's steps; one that fails is dropped with a warning. It is not closed.
+            ``WandbLogger.of(run, step_metric="train/global_step")`` writes them to the run that the Trainer reports to.
 
     Attributes:
         geometry: what ``attach`` returned (``limit_speed``, ``events`` …) while ``train()`` runs, else None.
@@ -80,14 +85,18 @@ class MoEGeometryCallback(TrainerCallback):
         *,
         manifold: Literal["polar", "euclidean"] = "polar",
         watch: bool = False,
+        logger: Logger | None = None,
     ) -> None:
         if not isinstance(trainer, Trainer):
             got = "" if trainer is None else f", got {type(trainer).__name__}"
             raise TypeError(f"MoEGeometryCallback takes the trainer that it is added to{got}: {_HOW}")
         self._config = _checked(config, manifold, watch)
+        if self._config.pictures_every and logger is None:
+            raise ValueError("pictures_every needs a logger that takes pictures: MoEGeometryCallback(..., logger=...)")
         _refuse(trainer)
         self.geometry: Geometry | None = None
         self._trainer, self._manifold, self._watch = trainer, manifold, watch
+        self._logger = None if logger is None else MultiLogger([logger])  # drops one that fails
         self._running = False
         self._resumed: str | None = None
         self._tagged: list[RouterSite] = []
@@ -110,6 +119,14 @@ class MoEGeometryCallback(TrainerCallback):
         self.geometry = attach(model, self._trainer.optimizer, config)
         if self._resumed is not None:
             self._restore(self.geometry, Path(self._resumed))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what the controller saw and did, and the pictures, to the logger if there is one."""
+        if self.geometry is None or self._logger is None or not state.is_world_process_zero:
+            return
+        for event in self.geometry.log_control(self._logger, state.global_step):
+            tell(event)
+        self.geometry.log_pictures(self._logger, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the scalars of the last step to the logs of the training (not to those of evaluations or of its end)."""

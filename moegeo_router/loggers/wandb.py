@@ -48,7 +48,7 @@ TITLE_CHARACTERS = 63
 
 
 class WandbLogger:
-    """Write rows to a Weights & Biases run of its own (a run the caller has open is left alone).
+    """Write rows to a Weights & Biases run of its own; ``WandbLogger.of(run)`` writes to one that is open.
 
     The x axis of every chart is the key "step", not wandb's row counter: wandb's own counter can only grow, so after
     a resume it would refuse the rows since the checkpoint. An event is a row `{"event/<kind>": 1,
@@ -104,23 +104,52 @@ class WandbLogger:
             "reinit": "create_new",
             "settings": wandb.Settings(**QUIET, init_timeout=init_timeout, finish_timeout=FINISH_TIMEOUT_S),
         }
-        self._run = _start(wandb, mode, init)
-        self.run_id: str = self._run.id
+        self._write_to(_start(wandb, mode, init), Path(directory), "step", own=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self._directory = Path(directory)
+
+    @classmethod
+    def of(cls, run: Run, *, step_metric: str | None = None) -> WandbLogger:
+        """Write to a run that is open; ``close`` leaves it open.
+
+        Args:
+            run: from ``wandb.init``.
+            step_metric: the key of the run's x axis, if its charts have one ("train/global_step" in the Trainer of
+                transformers): every row is then written with it. None: what is written joins the row that the caller
+                writes next, or the one of the caller's newest ``step=``, so that steps which the caller counts stay
+                right.
+
+        Raises:
+            TypeError: no run of wandb.
+        """
+        wandb = _import_wandb()
+        if not isinstance(run, wandb.Run):
+            raise TypeError(f"run: expected what wandb.init() returns, got {type(run).__name__}")
+        logger = cls.__new__(cls)
+        logger._write_to(run, Path(run.dir).parents[2], step_metric, own=False)
+        return logger
+
+    def _write_to(self, run: Run, directory: Path, step_metric: str | None, *, own: bool) -> None:
+        self._run, self._directory, self._step_metric, self._own = run, directory, step_metric, own
+        self.run_id: str = run.id
         self._table: Table | None = None
         self._parts = 0
+
+    def _write(self, row: Mapping[str, object], step: int) -> None:
+        if self._step_metric is None:
+            self._run.log(dict(row), commit=False)
+        else:
+            self._run.log({self._step_metric: step, **row})
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers (see ``Logger.log``)."""
         check_metrics(metrics, step)
-        self._run.log({"step": step, **metrics})
+        self._write(metrics, step)
 
     def event(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Write one event (see ``Logger.event``)."""
         check_event(kind, fields, step)
-        self._run.log({"step": step, **_event_row(kind, fields)})
+        self._write(_event_row(kind, fields), step)
 
     def record(self, kind: str, fields: Mapping[str, object], step: int) -> None:
         """Check the row and keep nothing of it (see ``Logger.record``)."""
@@ -137,23 +166,24 @@ class WandbLogger:
             self._table, self._parts = self._begin_table(), 0
         self._table.add_data(step, kind, level, title, text, json.dumps(dict(fields)))
         row = _event_row(kind, {**fields, "level": level, "title": title})
-        self._run.log({"step": step, **row, TABLE: self._table})
+        self._write({**row, TABLE: self._table}, step)
         self._parts += 1
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """Write one distribution (see ``Logger.histogram``)."""
         check_histogram(key, values, step)
-        self._run.log({"step": step, key: _import_wandb().Histogram(np_histogram=bin_values(values))})
+        self._write({key: _import_wandb().Histogram(np_histogram=bin_values(values))}, step)
 
     def heatmap(self, key: str, rows: Sequence[Sequence[float]], labels: Sequence[str], step: int) -> None:
         """Write one matrix as a picture, with labels and scale in its caption (see ``Logger.heatmap``)."""
         check_heatmap(key, rows, labels, step)
         picture = _import_wandb().Image(heatmap_picture(rows), caption=heatmap_caption(rows, labels))
-        self._run.log({"step": step, key: picture})
+        self._write({key: picture}, step)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the run, failed if the exit code is not 0; wandb's service may write its last rows a moment later."""
-        self._run.finish(exit_code=exit_code)
+        """End a run of its own, failed if the exit code is not 0; wandb may write its last rows a moment later."""
+        if self._own:
+            self._run.finish(exit_code=exit_code)
 
     @property
     def how_to_open(self) -> str:

@@ -45,6 +45,7 @@ def test_routers_are_found_or_the_model_is_named(tmp_path):
             ValueError,
             "no bias_speed",
         ),
+        (lambda run: mg.MoEGeometryCallback(run, mg.GeometryConfig(pictures_every=9)), ValueError, "needs a logger"),
     ],
 )
 def test_mistakes(tmp_path, make, error, message):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moegeo_router as mg
+from moegeo_router.loggers import JSONLLogger, MultiLogger, NullLogger, WandbLogger, read_jsonl
+from moegeo_router.replay import differences, replay
 from tests.support.ranks import on_two_ranks
 from tests.support.wandb_offline import find_runs, read_finished_run
 
@@ -34,6 +36,7 @@ from tests.support.trainer import (  # noqa: E402
 )
 
 CONFIG = mg.GeometryConfig(regularizers=STRONG)
+EARLY = {"fsi": {"warning": 0.001, "critical": 0.002, "warmup": 1, "smoothing": 1}}
 
 
 def test_reporters_get_the_scalars_of_training(tmp_path, monkeypatch, capsys):
@@ -67,12 +70,54 @@ def test_reporters_get_the_scalars_of_training(tmp_path, monkeypatch, capsys):
 
 
 def test_alerts_are_told(tmp_path, caplog):
-    early = {"fsi": {"warning": 0.001, "critical": 0.002, "warmup": 1, "smoothing": 1}}
-    config = mg.GeometryConfig(control=mg.ControlConfig(thresholds=early))
+    config = mg.GeometryConfig(control=mg.ControlConfig(thresholds=EARLY))
     run, _ = with_geometry(tmp_path, config=config)
     with caplog.at_level(logging.WARNING, logger="moegeo_router"):
         run.train()
     assert any("fsi" in message for message in caplog.messages)
+
+
+def test_alerts_and_pictures_go_to_the_trainers_run(tmp_path, monkeypatch, caplog):
+    """And the readings to a log from which the controller's decisions can be had again."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    opened = wandb.init(project="theirs", mode="offline", settings=wandb.Settings(silent=True, console="off"))
+    own = JSONLLogger(tmp_path / "metrics.jsonl")
+    logger = MultiLogger([own, WandbLogger.of(opened, step_metric="train/global_step")])
+    config = mg.GeometryConfig(control=mg.ControlConfig(thresholds=EARLY), pictures_every=2)
+    run, _ = with_geometry(tmp_path, config=config, logger=logger, report_to="wandb", logging_steps=4)
+    with caplog.at_level(logging.WARNING, logger="moegeo_router"):
+        run.train()
+    logger.close()
+    opened.finish()
+    assert any("fsi" in message for message in caplog.messages)
+    found = read_finished_run(*find_runs(tmp_path))
+    alerts = [row for row in found.history if "event/alert" in row]
+    assert alerts
+    assert len(found.alerts) >= len(alerts)
+    assert all(row["train/global_step"] == row["event/alert/optimizer_step"] for row in alerts)
+    pictures = [row["train/global_step"] for row in found.history if row.get("geometry/load/_type") == "image-file"]
+    assert pictures == [2, 4, 6]
+    assert [row["train/global_step"] for row in found.history if "train/loss" in row] == [4]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("event") == "reading"] == [1, 2, 3, 4, 5, 6]
+    assert differences(rows, list(replay(rows))) == []
+
+
+def test_a_logger_that_fails_is_dropped(tmp_path):
+    class Full(NullLogger):
+        def record(self, *args, **kwargs):
+            raise OSError("No space left on device")
+
+    run, callback = with_geometry(tmp_path, logger=Full())
+    with pytest.warns(RuntimeWarning, match="Full failed at step 1 and is dropped; the run goes on"):
+        run.train()
+    alone, _ = with_geometry(tmp_path)
+    alone.train()
+    assert apart(weights(run.model), weights(alone.model)) == 0
+    assert callback.geometry is None
 
 
 RANDOM = {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2, "save_strategy": "steps"}

@@ -63,7 +63,7 @@ def trainer(
 def with_geometry(
     folder: Path, *args: Any, config: Any = None, **options: Any
 ) -> tuple[Trainer, mg.MoEGeometryCallback]:
-    own = {name: options.pop(name) for name in ("watch", "manifold") if name in options}
+    own = {name: options.pop(name) for name in ("watch", "manifold", "logger") if name in options}
     made = trainer(folder, *args, **options)
     callback = mg.MoEGeometryCallback(made, config, **own)
     made.add_callback(callback)
