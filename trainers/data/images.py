@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class ImageData:
         parts = (tensor for split in (train, valid) for tensor in (split.pixels, split.classes, split.domains))
         self.fingerprint = fingerprint([*domains, str(num_classes), *parts])
 
-    @property
+    @cached_property  # asked for every shifted batch, and the split is large
     def pixel_range(self) -> tuple[float, float]:
         """The least and the largest pixel of the train split."""
         return float(self._train.pixels.min()), float(self._train.pixels.max())
