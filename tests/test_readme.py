@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import moegeo_router as mg
 from tests.readme_example import differences, example, run
+from tests.support import benchmark_table
 from trainers.data.base import Batch
 from trainers.data.planted import PlantedText
 from trainers.models.language import LanguageModel
+from trainers.studies.benchmark import ARMS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -71,6 +73,11 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", prose)
     assert links
     assert [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
+
+
+def test_the_benchmarks_table_is_the_reports():
+    assert benchmark_table.table().count("\n| ") == len(ARMS)
+    assert benchmark_table.written() == benchmark_table.table(), "python -m tests.support.benchmark_table copies it"
 
 
 def test_differences_are_seen():
