@@ -72,7 +72,7 @@ class Task:
     """What is learned.
 
     Attributes:
-        title: in reports.
+        title: in reports: the data, a comma, what is measured.
         experiment: of configs/experiment/benchmark.
         metrics: results and their headings; the first decides.
         files: what must be there, one of each data set, under the folder of the data sets.
@@ -103,6 +103,11 @@ class Task:
     def primary(self) -> str:
         """The result that decides."""
         return next(iter(self.metrics))
+
+    @property
+    def data(self) -> str:
+        """The title without what is measured."""
+        return self.title.partition(",")[0]
 
 
 def rises(metric: str) -> bool:

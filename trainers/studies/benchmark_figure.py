@@ -103,7 +103,7 @@ def write_curves(results: Mapping[str, Results], path: Path) -> bool:
     figure = Figure(figsize=(3.4 * len(shown) + 2.0, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, (task, found) in zip(axes, shown.items(), strict=True):
-        _draw_curves(panel, found, results[task].task.title)
+        _draw_curves(panel, found, results[task].task.data)
     axes[0].set_ylabel("training loss less the baseline's, nats", fontsize=8)
     handles = {line.get_label(): line for panel in axes for line in panel.get_lines()[1:]}
     figure.legend([*handles.values()], [*map(str, handles)], loc="outside right center", fontsize=7)

@@ -109,7 +109,7 @@ def summary(results: Mapping[str, Results]) -> Iterator[str]:
     Args:
         results: by task.
     """
-    yield f"| | {' | '.join(found.task.title.partition(',')[0] for found in results.values())} |"
+    yield f"| | {' | '.join(found.task.data for found in results.values())} |"
     yield f"|---|{'---|' * len(results)}"
     for arm in ARMS:
         yield f"| {ARMS[arm].title} | {' | '.join(_gain(found, arm) for found in results.values())} |"
