@@ -336,6 +336,7 @@ class Geometry:
             "format": FORMAT,
             **self._watch.window.state(),
             "sensitivities": {n: c.cpu() for n, c in self._regularization.sensitivities().items()},
+            "references": self._regularization.references(),
             "routers": {} if self._steps is None else self._steps.state_dict(),
             "control": None if self._control is None else self._control.state(),
         }
@@ -358,7 +359,7 @@ class Geometry:
         if self._control is not None and state.get("control") is not None:
             self._control.load(state["control"])
         if (reduced := window.restored(state)) is not None:
-            values = self._regularization.restore(reduced, state["sensitivities"])
+            values = self._regularization.restore(reduced, state["sensitivities"], state.get("references"))
             window.post(reduced, {**state.get("numbers", {}), "regularizers": values})
 
     def _take_over(self, sites: Sequence[RouterSite], optimizers: Sequence[Optimizer]) -> RouterSteps | None:

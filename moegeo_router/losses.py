@@ -143,17 +143,18 @@ def linearize(regularizers: Regularizers, sums: LayerStatistics, sensitivity: Te
         sensitivity: (E,) c of ``Regularizers.fhs``; without it that term is off.
 
     Returns:
-        The linearisation, float64; all 0 where there are no tokens.
+        The linearisation, float64; where there are no tokens, only z-loss is on, whose slope is the same everywhere.
     """
     at = Means(*(mean.detach().requires_grad_() for mean in Means.of(sums)))
     with torch.enable_grad():
         linearised, own = _value(regularizers, at, sums.counts, sensitivity)
-        slopes = torch.autograd.grad(linearised, at, materialize_grads=True)
+        slopes = Means(*torch.autograd.grad(linearised, at, materialize_grads=True))
         offset = linearised - sum(((slope * mean).sum() for slope, mean in zip(slopes, at, strict=True)))
     # Without tokens there is nothing to regularize: the value there would be that of p̄ = 0.
     seen = (sums.tokens > 0).squeeze(0)
     value, offset = (torch.where(seen, x.detach(), 0) for x in (linearised + own, offset))
-    return Linearization(value, Means(*(torch.where(seen, slope, 0) for slope in slopes)), offset)
+    here = Means(*(torch.where(seen, slope, 0) for slope in slopes))
+    return Linearization(value, here._replace(z_squared=slopes.z_squared), offset)
 
 
 def _value(weights: Regularizers, at: Means, counts: Tensor, sensitivity: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,7 @@ class Regularization:
         self._added: dict[str, dict[str, dict[str, float]]] = {}
         self._of_layer: dict[str, Regularizers] = {}
         self._references: dict[str, Linearization] = {}
+        self._newest: dict[str, LayerStatistics] = {}
         self._sensitivities: dict[str, Tensor] = {}
         self._pending: list[LayerForward] = []
         self._reached: set[str] = set()
@@ -210,18 +211,34 @@ class Regularization:
         """Return the running means that ``fhs`` depends on, by layer, for ``state_dict``."""
         return dict(self._sensitivities)
 
-    def restore(self, reduced: RoutingStatistics, sensitivities: dict[str, Tensor]) -> Tensor:
-        """Continue from the sums of a step and the running means after it; returns what ``end_step`` did."""
+    def references(self) -> Tensor | None:
+        """Return the newest sums of every layer that had tokens, as one vector, for ``state_dict``."""
+        return RoutingStatistics(self._newest).flat().cpu() if self._newest else None
+
+    def restore(
+        self, reduced: RoutingStatistics, sensitivities: dict[str, Tensor], references: Tensor | None
+    ) -> Tensor:
+        """Continue from the sums of a step, and ``sensitivities`` and ``references`` after it.
+
+        Returns:
+            What ``end_step`` did.
+        """
         self._sensitivities = dict(sensitivities)
+        if references is not None and len(references) == len(reduced.flat()):
+            self._newest = dict(reduced.unflat(references).layers)
         return self._refer_to(reduced)
 
     def _refer_to(self, reduced: RoutingStatistics) -> Tensor:
         if not self.on:
+            self._newest = {}
             return torch.zeros(0)
-        for layer, sums in reduced.layers.items():
+        # A layer without tokens in this step (the other tower's turn, a block that was skipped) keeps its reference.
+        self._newest = {layer: sums.or_else(self._newest.get(layer)) for layer, sums in reduced.layers.items()}
+        for layer, sums in self._newest.items():
             weights = Regularizers.none() if self._frozen(layer) else self.weights_of(layer)
             self._references[layer] = linearize(weights, sums, self._sensitivities.get(layer))
-        return torch.stack([self._references[layer].value for layer in reduced.layers])
+        seen = torch.cat([sums.tokens > 0 for sums in reduced.layers.values()])
+        return torch.where(seen, torch.stack([self._references[layer].value for layer in reduced.layers]), 0)
 
     def _additive(self, seen: LayerForward, tokens: int | None) -> Tensor:
         config, weights = self._config, self.weights_of(seen.layer)

@@ -16,6 +16,7 @@ _PARTS: Mapping[str, tuple[type, ...]] = {
 #: States of earlier versions are without them.
 _LATER: Mapping[str, tuple[type, ...]] = {
     "before": (Tensor, type(None)),
+    "references": (Tensor, type(None)),
     "numbers": (Mapping,),
     "control": (Mapping, type(None)),
 }

@@ -183,6 +183,74 @@ def test_the_loss_is_that_of_the_newest_forward():
     assert float(geometry.loss()) == 0
 
 
+def test_a_forward_that_does_not_count_takes_nothing_from_the_one_before():
+    """A target of consistency, say, between the forward that is trained and its ``loss()``."""
+    model = build()
+    _, geometry = attached(model, regularizers=mg.Regularizers(fsi=0.0, z=1.0))
+    model(batch())
+    expected = float(geometry.loss().detach())
+    model(batch())
+    with torch.no_grad():
+        model(batch(seed=2))
+    model.eval()(batch(seed=2))
+    model.train()
+    assert float(geometry.loss().detach()) == expected > 0
+
+
+class Towers(nn.Module):
+    """Two blocks, of which a forward runs those that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = Block(), Block()
+
+    def forward(self, x: Tensor, names: str) -> Tensor:
+        for name in names.split():
+            x = getattr(self, name)(x)
+        return x
+
+
+def towers() -> tuple[Towers, torch.optim.Optimizer, mg.Geometry]:
+    torch.manual_seed(0)
+    model = Towers().double()
+    return model, *attached(model)
+
+
+def step_of(model: Towers, optimizer: torch.optim.Optimizer, geometry: mg.Geometry, names: str, seed: int) -> float:
+    optimizer.zero_grad()
+    loss = geometry.loss if names else lambda: torch.zeros(())
+    output = model(batch(seed=seed), names)
+    regularizer = loss()
+    (token_loss(output) + regularizer).backward()
+    optimizer.step()
+    return float(regularizer.detach())
+
+
+def test_a_layer_that_has_its_turn_now_and_then_keeps_its_reference():
+    """As if the steps without it had not been: also after a resume, and from its very first turn."""
+    turns = ["text", "image", "image", "text", "text", "image", "text"]
+    towers_in_turn, alone = towers(), towers()
+    found, saved = [], None
+    for number, name in enumerate(turns):
+        if number == 3:
+            saved = towers_in_turn[2].state_dict()
+            towers_in_turn = towers()
+            towers_in_turn[2].load_state_dict(saved)
+        found.append(step_of(*towers_in_turn, name, number))
+        weight = getattr(towers_in_turn[0], name).router.weight
+        if name == "text":
+            assert step_of(*alone, name, number) == pytest.approx(found[-1], rel=1e-12)
+            assert torch.allclose(weight.grad, alone[0].text.router.weight.grad, rtol=1e-10, atol=1e-14)
+    assert all(value > 0 for value in found)
+    # What is measured is of the step: only the layers that were seen.
+    both = towers()
+    for number in range(2):
+        step_of(*both, "text image", number)
+    whole = both[2].metrics()["geometry/regularizer"]
+    step_of(*both, "text", 1)
+    assert 0 < both[2].metrics()["geometry/regularizer"] < whole
+
+
 def test_a_block_that_runs_twice_in_one_forward_counts_twice():
     model = build()
     model.blocks[1] = model.blocks[0]

@@ -70,6 +70,16 @@ class Findings:
         if layers:
             self._say("unseen", f"the routers {', '.join(layers)} have gradients, but {UNSEEN}")
 
+    def unseen_step(self, layers: Sequence[str]) -> None:
+        """Say that routers were trained in a step in which no layer was seen at all."""
+        if layers:
+            self._say(
+                "unseen step",
+                f"the routers {', '.join(layers)} have gradients, but no training forward was seen since the last step "
+                "(the model still in eval mode? trained inside of pause()?): nothing is measured or regularized, and "
+                "natural steps leave them where they are",
+            )
+
     def _constant_gates(self, layer: str, gates_TK: Tensor) -> None:
         if gates_TK.shape[-1] == 1 and bool(torch.all(gates_TK == 1)):
             self._say(

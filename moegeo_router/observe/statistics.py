@@ -132,6 +132,12 @@ class LayerStatistics:
             **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
 
+    def or_else(self, other: LayerStatistics | None) -> LayerStatistics:
+        """Return these sums, or the other ones if these are over no tokens (which is not read: it would wait)."""
+        if other is None:
+            return self
+        return self.unflat(torch.where(self.tokens > 0, self.flat(), other.to(self.p.device).flat()))
+
     def to(self, device: torch.device | None) -> LayerStatistics:
         """Return the same sums on another device."""
         return self if device is None or self.p.device == device else self.unflat(self.flat().to(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from .hooks import Failed, Hook, recomputing
 
 #: Arguments of a forward that say something about its tokens.
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "segment_ids")
+
+# Of the function that runs whenever a module is called.
+_CALL = nn.Module._wrapped_call_impl.__code__
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -87,7 +91,7 @@ class TokenTap:
     Args:
         model: the module whose routers are watched.
         layers: the names of its layers.
-        begins: called with the arguments when a forward begins that is inside of no other.
+        begins: called with the arguments when a forward of training begins that is inside of no other.
         failed: what is done with an error of the hooks.
         sequences: whether the tokens' sequences are wanted.
         active: whether anything is to be seen now.
@@ -108,6 +112,7 @@ class TokenTap:
         self._two_sides = {"encoder", "decoder"} <= names
         self._given: dict[str, Tensor | None] = {}
         self._running: list[Tokens] = []
+        self._modules: list[nn.Module] = []
         #: By layer, what checkpointing may run again: an encoder's tokens are not those of the decoder that ran last.
         self._latest: dict[str, Tokens] = {}
         self._handles = []
@@ -166,11 +171,20 @@ class TokenTap:
         # Positions beyond the names (*args) keep numbers for names: their shapes may be wanted.
         by_position = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
         arguments = by_position | kwargs
-        if not self._running and self._active():
+        self._forget_broken(module)
+        # A forward that does not count (eval mode, no_grad) takes nothing away from the one before it.
+        if not self._running and self._active() and module.training and torch.is_grad_enabled():
             self._begins(arguments)
         outer = self._running[-1] if self._running else Tokens(trained=torch.is_grad_enabled())
         # What the caller gave outranks what the model's arguments say.
         self._running.append(replace(outer, **(self._found(arguments, outer) | self._given)))
+        self._modules.append(module)
+
+    def _forget_broken(self, module: nn.Module) -> None:
+        """Drop what a forward left that Ctrl-C broke off: torch runs no hook then, however it is registered."""
+        if module in self._modules and not _calls_itself(module):
+            place = self._modules.index(module)
+            del self._running[place:], self._modules[place:]
 
     def _found(self, arguments: Mapping[str, Any], outer: Tokens) -> dict[str, Any]:
         mask, segments = _matrix(arguments.get("attention_mask")), _matrix(arguments.get("segment_ids"))
@@ -188,6 +202,15 @@ class TokenTap:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not recomputing() and self._running:
             self._running.pop()
+            self._modules.pop()
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Return whether a forward of a module runs inside of another one of the same module."""
+    frame, calls = sys._getframe(1), 0
+    while (frame := frame.f_back) is not None and calls < 2:  # type: ignore[assignment]
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+    return calls > 1
 
 
 def _around(model: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

@@ -90,8 +90,11 @@ class Watch(Pausable):
     @property
     def never_seen(self) -> list[str]:
         """The layers whose router has a gradient although no training forward of theirs was ever seen."""
-        trained = [site.name for site in self._sites if site.weight.grad is not None]
-        return [name for name in trained if name not in self._findings.seen]
+        return [name for name in self._trained if name not in self._findings.seen]
+
+    @property
+    def _trained(self) -> list[str]:
+        return [site.name for site in self._sites if site.weight.grad is not None]
 
     def tokens(self, **given: Tensor | None) -> Any:
         """Say what the tokens of the forwards inside are, see ``TokenTap.given``."""
@@ -145,6 +148,8 @@ class Watch(Pausable):
                 estimator.before_step()
             if stepped:
                 self._findings.unseen(self.never_seen)
+                if not self.window.layers and self._findings.seen:
+                    self._findings.unseen_step(self._trained)
 
     def close(self) -> RoutingStatistics | None:
         """End a step: return its sums, reduced over ranks; None once the watching has stopped. On every rank."""

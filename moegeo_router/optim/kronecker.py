@@ -62,13 +62,13 @@ class KroneckerFisher:
         self._inverse_A, self._inverse_G = self._inverse_A.to(like), self._inverse_G.to(like)
 
     def add(self, rows: Rows, decay: float) -> None:
-        """Add the new rows of a step to the window."""
+        """Add the rows of a step to the window."""
         for values in self._window.values():
             values *= decay
         x_LBNS = self._in_blocks(rows.x)
-        self._window["A"] += (x_LBNS * rows.new[:, None, :, None]).mT @ x_LBNS
-        self._window["G"] += routing_fisher(rows.z, rows.new, self._scores)
-        self._window["tokens"] += rows.new.sum(dim=-1)
+        self._window["A"] += (x_LBNS * rows.weight[:, None, :, None]).mT @ x_LBNS
+        self._window["G"] += routing_fisher(rows.z, rows.weight, self._scores)
+        self._window["tokens"] += rows.weight.sum(dim=-1)
 
     def refresh(self, steps: int, config: NaturalConfig, group: Any = None) -> None:
         """Take the window into the averages and invert them anew.

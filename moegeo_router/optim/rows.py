@@ -25,13 +25,11 @@ class Rows(NamedTuple):
         x: (L, N, D) the inputs for which ``x Wᵀ + b`` are the logits, with a 1 appended where there is a bias.
         z: (L, E, N) the logits.
         weight: (L, N) how many tokens each row stands for; 0 for none.
-        new: (L, N) the same, 0 for the rows of a router that saw no forward pass in this step.
     """
 
     x: Tensor
     z: Tensor
     weight: Tensor
-    new: Tensor
 
 
 class RowSample:
@@ -39,7 +37,7 @@ class RowSample:
 
     Of every ``stride`` tokens one is kept, each time another one of them; when there are too many, every other row is
     given up and the stride is doubled. Masked tokens and those with NaN, inf or astronomic values keep their place, but
-    stand for nothing. A step without any forward pass finds the rows of the last one.
+    stand for nothing.
 
     Args:
         limit: the most rows.
@@ -51,13 +49,11 @@ class RowSample:
         self.steps = 0
         #: Whether any forward pass was ever seen.
         self.known = False
-        self._seen = False
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Return which of the next T tokens are to be added, (n,) int64."""
-        self.known = self._seen = True
+        self.known = True
         self._stride = self._stride or max(1, -(-tokens // self._limit))
         while self._kept + tokens // self._stride > 2 * self._limit:
             self._thin()
@@ -83,19 +79,17 @@ class RowSample:
         self._parts.append((*clean, weight_N))
         self._kept += len(weight_N)
 
-    def take(self) -> tuple[tuple[Tensor, Tensor, Tensor] | None, bool]:
-        """Return x (N, D), z (N, E), weight (N,), and whether they are of this step; begin the next step."""
+    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return x (N, D), z (N, E) and weight (N,), None if the step had no tokens; begin the next step."""
         while self._kept > self._limit:
             self._thin()
-        if self._parts:
-            x, z, weight = (torch.cat(values) for values in zip(*self._parts, strict=True))
-            self._last = (x, z, weight)
-        elif self._seen:
-            self._last = None  # a step of no tokens
-        new, self._seen = self._seen, False
-        self._parts, self._stride, self._tokens, self._kept = [], 0, 0, 0
+        parts, self._parts = self._parts, []
+        self._stride, self._tokens, self._kept = 0, 0, 0
         self.steps += 1
-        return self._last, new
+        if not parts:
+            return None
+        x, z, weight = (torch.cat(values) for values in zip(*parts, strict=True))
+        return x, z, weight
 
     def _token(self, stratum: Any) -> Any:
         # Places in step with the sequences would always be the same words: the one within the stratum changes.
@@ -171,17 +165,13 @@ def stack_rows(samples: Sequence[RowSample], like: Tensor, bias: bool) -> Rows:
         bias: append a 1 to x.
     """
     taken = [sample.take() for sample in samples]
-    most = max((len(kept[2]) for kept, _ in taken if kept is not None), default=0)
+    most = max((len(kept[2]) for kept in taken if kept is not None), default=0)
     experts, width = like.shape[-2:]
     x, z, weight = (like.new_zeros(len(taken), most, *shape) for shape in ((width,), (experts,), ()))
-    for index, (kept, _) in enumerate(taken):
+    for index, kept in enumerate(taken):
         if kept is not None:
             for into, values in zip((x, z, weight), kept, strict=True):
                 into[index, : len(values)] = values
     if bias:
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-    new = weight.clone()
-    for index, (_, fresh) in enumerate(taken):
-        if not fresh:
-            new[index] = 0
-    return Rows(x, z.mT.contiguous(), weight, new)
+    return Rows(x, z.mT.contiguous(), weight)

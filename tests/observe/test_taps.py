@@ -312,6 +312,7 @@ def test_a_router_that_is_trained_and_never_seen_is_said():
     token_loss(model(batch())).backward()
     with pytest.warns(UserWarning, match=r"routers blocks\.1\.gate have gradients, but no training forward"):
         optimizer.step()
+    token_loss(model(batch())).backward()
     optimizer.step()  # once
     geometry.detach()
     geometry = mg.attach(model, optimizer, mg.GeometryConfig(regularizers=mg.Regularizers(z=1.0), **options))

@@ -142,6 +142,50 @@ def test_a_copy_of_a_watched_model_is_not_watched():
     assert int(geometry.state_dict()["sums"][0]) == 8 * L
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_ctrl_c_broke_off_leaves_nothing(training):
+    """torch runs no forward hook for it, not even those that are always called."""
+    model, untouched = build(), build()
+    geometry, expected = watch(model), watch(untouched)
+    bell = [True]
+
+    def ring(*_):
+        if bell:
+            bell.clear()
+            raise KeyboardInterrupt
+
+    model.blocks[1].experts.register_forward_pre_hook(ring)
+    model.train(training)
+    with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(training), geometry.pause():
+        model(batch(), padding("left"))
+    model.train()
+    for one in (model, untouched):
+        one(batch(seed=3))
+    assert geometry.metrics() == expected.metrics()
+    assert geometry._watch._tokens._running == []
+
+
+def test_a_model_that_calls_itself_keeps_the_masks_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = build().blocks
+
+        def forward(self, x, attention_mask=None):
+            if attention_mask is not None:
+                self(x, None)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = Twice().double()
+    geometry = watch(model)
+    model(batch(), padding("right"))
+    # Without a mask of its own, the inner forward has the outer one's; each sees 8 rows less two tokens in four.
+    sums = geometry._watch.window._sums["blocks.0.router"]
+    assert int(sums.tokens) == 2 * (8 * L - 4 * 2)
+
+
 def test_pausing_within_pausing():
     model = build()
     geometry = watch(model)

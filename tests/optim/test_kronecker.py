@@ -35,7 +35,7 @@ def batch(tokens: int, weight: Tensor, routers: int = 1, seed: int = 0, width: i
     x = torch.randn(routers, tokens, width, generator=g, dtype=torch.float64)
     z = x @ weight.mT
     ones = torch.ones(routers, tokens, dtype=torch.float64)
-    return Rows(x, z.mT, ones, ones), x
+    return Rows(x, z.mT, ones), x
 
 
 def weights(routers: int = 1, width: int = D, seed: int = 9) -> Tensor:
@@ -70,7 +70,7 @@ def test_equals_the_dense_fisher_where_logits_and_inputs_are_independent(scores)
     x_all = x[0].repeat_interleave(3, 0)
     z_all = rows.z[0].T.repeat(3, 1)
     ones = torch.ones(1, 9, dtype=torch.float64)
-    every = Rows(x_all[None], z_all.T[None], ones, ones)
+    every = Rows(x_all[None], z_all.T[None], ones)
     sums = made_of(every, scores=scores, damping=0.1).tensors()
     G_t = [torch.autograd.functional.hessian(lambda d, z=z: _kl(z, d, scores), torch.zeros_like(z)) for z in z_all]
     dense = sum(torch.kron(G, torch.outer(v, v)) for G, v in zip(G_t, x_all, strict=True)) / 9

@@ -28,8 +28,7 @@ def test_bounded_and_fair(sizes, limit):
     for start, tokens in zip([sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True):
         feed(sample, tokens, start)
         assert sum(len(part[2]) for part in sample._parts) <= 2 * limit + 2
-    found, new = sample.take()
-    assert new
+    found = sample.take()
     if found is None:
         assert sum(sizes) < 2 * limit
         return
@@ -49,7 +48,7 @@ def test_bounded_and_fair(sizes, limit):
 def test_all_tokens_where_they_fit():
     sample = RowSample(512)
     feed(sample, 300)
-    (x, _, weight), _ = sample.take()
+    x, _, weight = sample.take()
     assert torch.equal(x[:, 0], torch.arange(300.0).double())
     assert torch.equal(weight, torch.ones(300).double())
 
@@ -58,12 +57,12 @@ def test_no_position_of_the_sequences_is_preferred():
     # 512 sequences of 256 tokens and 512 rows: one of each 256 tokens, at places that differ.
     sample = RowSample(512)
     feed(sample, 512 * 256)
-    (x, _, _), _ = sample.take()
+    x, _, _ = sample.take()
     places = (x[:, 0] % 256).long()
     assert len(x) == 512
     assert len(places.unique()) > 128
     feed(sample, 512 * 256)
-    (again, _, _), _ = sample.take()
+    again, _, _ = sample.take()
     assert not torch.equal(again, x)  # other tokens in the next step
 
 
@@ -74,7 +73,7 @@ def test_masked_and_broken_tokens_count_for_nothing():
     z = torch.ones(4, E)
     x[1, 0], z[3, 1], x[2, 0] = torch.nan, torch.inf, torch.nan
     sample.add(x[sample.positions(4, x.device)], z, mask)
-    (x, z, weight), _ = sample.take()
+    x, z, weight = sample.take()
     assert torch.equal(weight, torch.tensor([1.0, 0, 0, 0]))
     assert x.isfinite().all()
     assert z.isfinite().all()
@@ -84,7 +83,7 @@ def test_unequal_forward_passes_are_sampled_alike():
     sample = RowSample(512)
     for start, tokens in ((0, 8192), (8192, 15), (8207, 15), (8222, 15), (8237, 200)):
         feed(sample, tokens, start)
-    (x, _, weight), _ = sample.take()
+    x, _, weight = sample.take()
     assert float(weight[x[:, 0] >= 8192].sum()) == pytest.approx(245, abs=40)
     assert len(set(weight.tolist())) == 1
 
@@ -96,19 +95,18 @@ def test_a_small_first_pass_does_not_make_the_next_ones_expensive():
     assert len(positions) <= 128
 
 
-def test_a_step_without_forwards_finds_the_rows_of_the_last():
+def test_a_step_has_the_rows_of_its_own_forwards():
     sample = RowSample(8)
     assert not sample.known
-    assert sample.take() == (None, False)
+    assert sample.take() is None
     feed(sample, 4)
-    first, new = sample.take()
+    assert len(sample.take()[0]) == 4
     assert sample.known
-    assert new
-    assert sample.take() == (first, False)
+    assert sample.take() is None
     feed(sample, 2)
-    assert len(sample.take()[0][0]) == 2
-    feed(sample, 0)  # an empty batch is a step of no tokens
-    assert sample.take() == (None, True)
+    assert len(sample.take()[0]) == 2
+    feed(sample, 0)  # an empty batch
+    assert sample.take() is None
 
 
 def test_nothing_grows_without_steps():
@@ -124,7 +122,7 @@ def test_astronomic_values_are_left_out():
     x = torch.ones(3, D)
     x[1] = 1e19
     sample.add(x[sample.positions(3, x.device)], torch.ones(3, E), None)
-    assert sample.take()[0][2].tolist() == [1.0, 0.0, 1.0]
+    assert sample.take()[2].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_half_precision_rows_are_widened():
@@ -143,14 +141,13 @@ def test_stacked_rows_are_filled_up_without_weight(bias):
     assert rows.x.shape == (3, 5, D + bias)
     assert rows.z.shape == (3, E, 5)
     assert torch.equal(rows.weight.sum(-1), torch.tensor([3.0, 0, 5]).double())
-    assert torch.equal(rows.new, rows.weight)
     assert torch.equal(rows.z[2], torch.arange(10.0, 15).double().expand(E, 5))
     assert torch.equal(rows.x[0, :3, 0], torch.arange(3.0).double())
     if bias:
         assert (rows.x[..., -1] == 1).all()
 
 
-def test_old_rows_are_not_new():
+def test_rows_of_an_earlier_step_are_gone():
     samples = [RowSample(8), RowSample(8)]
     like = torch.zeros(2, E, D, dtype=torch.float64)
     for sample in samples:
@@ -158,5 +155,4 @@ def test_old_rows_are_not_new():
     stack_rows(samples, like, bias=False)
     feed(samples[1], 2)
     rows = stack_rows(samples, like, bias=False)
-    assert rows.weight.sum(-1).tolist() == [3.0, 2.0]
-    assert rows.new.sum(-1).tolist() == [0.0, 2.0]
+    assert rows.weight.sum(-1).tolist() == [0.0, 2.0]

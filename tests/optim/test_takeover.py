@@ -189,6 +189,31 @@ def test_gradient_scaler(fused, unscale):
     assert math.isfinite(metrics["geometry/fhs"])
 
 
+def test_a_step_without_tokens_leaves_routers_where_they_are_and_says_so():
+    """The rows of an earlier step would say nothing of how far this one moves the routing."""
+    model = build()
+    mg.geometrize(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = mg.GeometryConfig(regularizers=mg.Regularizers.none(), on_error="raise")
+    geometry = mg.attach(model, optimizer, config)
+
+    def moved(seed: int) -> list[bool]:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        token_loss(model(batch(seed=seed))).backward()
+        optimizer.step()
+        return [not torch.equal(p, before[name]) for name, p in model.named_parameters() if "router" in name]
+
+    assert moved(1) == [True, True]
+    model.eval()
+    with pytest.warns(UserWarning, match="no training forward was seen since the last step .the model still in eval"):
+        assert moved(2) == [False, False]
+    assert moved(3) == [False, False]  # said once
+    assert "geometry/fsi" not in geometry.metrics()
+    model.train()
+    assert moved(4) == [True, True]
+
+
 def test_maximize_goes_the_other_way():
     def moved(maximize: bool) -> Tensor:
         model = converted()
