@@ -57,7 +57,7 @@ def test_the_same_lines_run_on_other_models(build):
     routers = {site.name: site.weight.detach().clone() for site in mg.find_routers(model)}
     before = float(loss_of(model, batches[0]).detach())
     printed = run(lines, torch=torch, model=model, batches=batches, loss_of=loss_of)
-    assert re.findall(r"step (\d+): FSI 0\.\d+, FHS \d\.\d+", printed) == ["0", "50", "100"]
+    assert re.findall(r"step (\d+): loss \d+\.\d+, FSI 0\.\d+, FHS \d\.\d+", printed) == ["0", "50", "100"]
     assert float(loss_of(model, batches[0]).detach()) < before - 0.5
     assert list(model.state_dict()) == names
     for site in mg.find_routers(model):
