@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..routers.experts import Experts
 from ..routers.find import RouterSite
+from .choices import ChoicesFinder
 from .forward import Joint, LayerForward
 from .hooks import Failed, Hook, recomputing
 from .logits import LogitsFinder
@@ -29,12 +29,12 @@ class LayerTap:
     Tensors are told apart by shape and value, never by position, because code bases and their versions order them
     differently. Of the router's outputs, floating point (..., E) are the logits: of several the one nearest to
     ``x Wᵀ + b``, and where all are scores instead (in [0, 1], unlike ``x Wᵀ + b``) the logits are computed; this is
-    found out once. Integers (..., K) are the chosen experts, floating point of their shape the gates. What the router
-    does not return is looked for in the inputs of the experts. The output is what the gates weigh: that of stacked
-    experts that are called with them, else that of the block (which may be a whole decoder layer, norms included). Not
-    seen: eval mode and forwards under ``no_grad``. A
-    forward that activation checkpointing runs again is seen only where the first one left no graph (reentrant
-    checkpointing), marked as ``recomputed``.
+    found out once. Integers (..., K) are the chosen experts, floating point of their shape the gates, see
+    ``ChoicesFinder``. What the router does not return is looked for in the inputs of the experts. The output is what
+    the gates weigh: that of stacked experts that are called with them, else that of the block (which may be a whole
+    decoder layer, norms included). Not seen: eval mode and forwards under ``no_grad``. A forward that activation
+    checkpointing runs again is seen only where the first one left no graph (reentrant checkpointing), marked as
+    ``recomputed``.
 
     Args:
         site: the router.
@@ -63,6 +63,7 @@ class LayerTap:
         self.site, self.experts = site, experts
         self._tokens, self._sink, self._active, self._join = tokens, sink, active, join
         self._finder = LogitsFinder(site)
+        self._returned, self._passed = ChoicesFinder(site), ChoicesFinder(site)  # by the router; to the experts
         self._inside = False
         self._had_graph = False
         self._experts_mix = False  # the experts return the sum that the gates weigh
@@ -113,7 +114,7 @@ class LayerTap:
         tokens = logits.numel() // self.site.num_experts
         known = self._tokens.of_layer(self.site.name, tokens, again)
         x = x if x is not None and x.numel() == tokens * x.shape[-1] else None
-        self._seen = {"logits": logits, "x": x, "recomputed": again} | known | self._choices(tensors, logits)
+        self._seen = {"logits": logits, "x": x, "recomputed": again} | known | self._returned.find(tensors, logits)
         output = self._joined(output)
         # A checkpointed layer that is the block itself does not close when it runs again: its experts do.
         if not self._inside and not (again and self._experts_mix):
@@ -133,7 +134,7 @@ class LayerTap:
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seen is not None and self._seen.get("ids") is None:
-            self._seen |= self._choices(list(tensors_in((*args, *kwargs.values()))), self._seen["logits"])
+            self._seen |= self._passed.find(list(tensors_in((*args, *kwargs.values()))), self._seen["logits"])
 
     def _experts_left(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._seen is None:
@@ -166,25 +167,6 @@ class LayerTap:
         as_wide = [t for t in fitting if t.shape[-1] == width]
         others = [t for t in fitting if t.shape[-1] not in (1, self.site.num_experts)]
         return next(iter(as_wide or others), None)
-
-    def _choices(self, tensors: Sequence[Tensor], logits: Tensor) -> dict[str, Tensor]:
-        experts = self.site.num_experts
-        tokens = logits.numel() // experts
-        if self.site.routing.top_k is not None:
-            return {}  # a family whose routers show logits only; other integers are masks, or an order of the tokens
-        for ids in tensors:
-            if ids.is_floating_point() or ids.dtype == torch.bool or not ids.ndim:
-                continue
-            if ids.shape[-1] > experts or ids.numel() != tokens * ids.shape[-1]:
-                continue
-            gates = next(
-                (t for t in tensors if t.is_floating_point() and t.shape == ids.shape and t is not logits), None
-            )
-            if gates is not None:
-                return {"ids": ids, "gates": gates}
-            if ids.shape[-1] < experts:  # integers (..., E) without gates may be a mask
-                return {"ids": ids}
-        return {}
 
 
 def _is_called(module: nn.Module) -> bool:
