@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..geometry.simplex import widen
 from ..routers.find import RouterSite
-from ..routers.gating import ScoreFunction, gate_errors
 from ..routers.router import GeometricRouter
+from .choices import EXPLAINED, misfit
 
 
 class LogitsFinder:
@@ -70,14 +70,15 @@ class LogitsFinder:
                 if computed is None or not _explained(outputs, computed):
                     shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in outputs) or "no tensor"
                     raise ValueError(f"router {self._site.name} returned no logits (..., {experts}): {shapes}")
-        if self._which is None:
+        which = self._which
+        if which is None:
             with torch.no_grad():
-                self._which = self._choose(found, self._computed(inputs, projected))
-        if self._which >= 0:
-            return found[self._which]
-        logits = self._computed(inputs, projected)
+                which = self._choose(found, self._computed(inputs, projected))
+        logits = found[which] if which >= 0 else self._computed(inputs, projected)
         if logits is None:
             raise ValueError(f"router {self._site.name} returned scores, and its input (..., D) was not seen")
+        if logits.numel():  # a forward without tokens tells nothing of the next
+            self._which = which
         return logits
 
     def _choose(self, found: Sequence[Tensor], computed: Tensor | None) -> int:
@@ -110,10 +111,7 @@ def _explained(outputs: Sequence[Tensor], computed: Tensor) -> bool:
     gates = [t for t in outputs if t.is_floating_point() and ids and t.shape == ids[0].shape]
     if not gates or gates[0].shape[-1] < 2:
         return False
-    if not len(z_TE):
-        return True
-    every: tuple[ScoreFunction, ...] = ("softmax", "sigmoid")
-    return any(float(gate_errors(z_TE, ids[0], gates[0].float(), scores).mean()) < 0.02 for scores in every)
+    return not len(z_TE) or misfit(z_TE, ids[0], gates[0]) < EXPLAINED
 
 
 def _looks_like_scores(t: Tensor) -> bool:

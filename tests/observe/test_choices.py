@@ -152,3 +152,17 @@ def test_injected_regularizers_reach_a_router_that_chooses_all():
     z = block.router.layer(x).detach().requires_grad_()
     (0.1 * z.logsumexp(-1).square().mean()).backward()
     torch.testing.assert_close(block.router.layer.weight.grad - before, z.grad.T @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_without_tokens_does_not_decide_which_output_is_the_logits():
+    torch.manual_seed(0)
+
+    def outputs(logits: Tensor) -> tuple[Tensor, ...]:
+        scaled = 8 * logits
+        return scaled, *scaled.softmax(-1).topk(2)
+
+    block = Block(4, outputs, lambda z, gates, ids: torch.zeros_like(z).scatter(-1, ids, gates))
+    geometry, x = watch(block), torch.randn(T, D)
+    trained(block, geometry, x[:0])
+    expected = float(mg.fsi_token((8 * block.router.layer(x)).detach().softmax(-1)))
+    assert trained(block, geometry, x)["geometry/fsi_token"] == pytest.approx(expected, rel=1e-5)
