@@ -13,6 +13,7 @@ from .config import GeometryConfig
 from .control.controller import Event
 from .control.selection_bias import SelectionBiases
 from .control.wiring import control_loop, guard_of
+from .evaluation import Evaluation
 from .integrations.versions import warn_of_untested
 from .loggers.shares import log_shares
 from .losses import Regularizers
@@ -293,6 +294,24 @@ class Geometry:
         newest = self._watch.window.newest(wait=False)
         if newest is not None and self.config.pictures_every and step % self.config.pictures_every == 0:
             log_shares(logger, newest[0], self.layers, step)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[Evaluation]:
+        """Measure the routing of the forward passes inside, which train nothing: held-out data.
+
+        They count whatever the mode of the model, without gradients, and for nothing else. With data parallelism all
+        ranks must come here, and leave, together.
+
+        Example:
+            >>> with geometry.evaluation() as held_out:
+            ...     for batch in valid:
+            ...         model(batch)
+            >>> held_out.metrics()
+        """
+        found = Evaluation(self.config.per_layer, self.config.per_expert)
+        with self._watch.evaluation() as window:
+            yield found
+        found.end(window.close(failed=not self._watch.watching).to_host(), window.order)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import pickle
@@ -49,7 +50,8 @@ class MoEGeometryCallback(TrainerCallback):
 
     While ``train()`` runs, the routers are on a manifold and their step is taken over from the Trainer's optimizer
     (``attach``), the regularizers ride on the graph, and the controller sees the loss. Every line of training logs has
-    the scalars of the last optimizer step (``geometry/fsi`` …) before any reporter sees it. Checkpoints hold
+    the scalars of the last optimizer step (``geometry/fsi`` …) before any reporter sees it, and an evaluation has those of
+    its data (``eval_geometry/fsi`` …). Checkpoints hold
     ``geometry.pt`` beside ``optimizer.pt``, and ``train(resume_from_checkpoint=...)`` goes on from it. However
     ``train()`` ends, the model, the optimizer and the trainer are then as they were.
 
@@ -157,6 +159,7 @@ class MoEGeometryCallback(TrainerCallback):
             return train(*args, **kwargs)
         own: dict[str, Callable[..., Any]] = {
             "training_step": self._training_step,
+            "evaluation_loop": self._evaluation_loop,
             "_save_optimizer_and_scheduler": self._save,
             "_load_optimizer_and_scheduler": self._load,
             **WholeCheckpoints(trainer).around(),
@@ -176,6 +179,16 @@ class MoEGeometryCallback(TrainerCallback):
             # up what this returns, and takes the mean over ranks. The controller takes the mean of both.
             self.geometry.record_loss(loss.detach() * self._micro_batches())
         return loss
+
+    def _evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Add the scalars of the held-out routing to the metrics of an evaluation: ``eval_geometry/fsi`` …."""
+        if self.geometry is None:
+            return evaluation_loop(*args, **kwargs)
+        prefix = inspect.signature(evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
+        with self.geometry.evaluation() as held_out:
+            output = evaluation_loop(*args, **kwargs)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in held_out.metrics().items()})
+        return output
 
     def _save(self, save: Callable[[str], None], output_dir: str) -> None:
         save(output_dir)

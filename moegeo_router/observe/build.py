@@ -81,7 +81,7 @@ def taps_of(
     tokens: TokenTap,
     sink: Sink,
     failed: Callable[[str, Exception], None],
-    active: Callable[[], bool],
+    counts: Callable[[bool], bool],
     join: bool,
 ) -> list[LayerTap]:
     """Return a tap on each router's layer; see ``LayerTap``."""
@@ -96,7 +96,7 @@ def taps_of(
                 tokens,
                 sink,
                 failed=partial(failed, site.name),
-                active=active,
+                counts=counts,
                 join=join,
             )
         )

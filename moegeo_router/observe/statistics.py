@@ -189,6 +189,10 @@ class RoutingStatistics:
         dist.all_reduce(vector, group=group)
         return self.unflat(vector)
 
+    def to_host(self) -> RoutingStatistics:
+        """Return the same sums on the CPU, in one copy."""
+        return self.unflat(self.flat().cpu())
+
     def flat(self) -> Tensor:
         """Return all sums in one vector."""
         return torch.cat([*(part for layer in self.layers.values() for part in layer.parts), self.failures])

@@ -43,7 +43,7 @@ class LayerTap:
         tokens: says which tokens count.
         sink: what receives each forward pass.
         failed: what is done with an error of the hooks.
-        active: whether anything is to be seen now.
+        counts: whether a forward is to be seen now; asked with whether it is one of training.
         join: gates that the router returns are passed on so that gradients can join them (``Joint``).
         exclusive: whether another watch of the router is to be refused.
     """
@@ -56,12 +56,12 @@ class LayerTap:
         tokens: TokenTap,
         sink: Sink,
         failed: Failed,
-        active: Callable[[], bool],
+        counts: Callable[[bool], bool],
         join: bool = False,
         exclusive: bool = True,
     ) -> None:
         self.site, self.experts = site, experts
-        self._tokens, self._sink, self._active, self._join = tokens, sink, active, join
+        self._tokens, self._sink, self._counts, self._join = tokens, sink, counts, join
         self._finder = LogitsFinder(site)
         self._returned, self._passed = ChoicesFinder(site), ChoicesFinder(site)  # by the router; to the experts
         self._inside = False
@@ -95,12 +95,12 @@ class LayerTap:
         self._inside, self._seen = True, None
 
     def _projected(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and self.site.module.training and inputs and isinstance(inputs[0], Tensor):
+        if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
             self._finder.projected = inputs[0], output
 
     def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         again = recomputing()
-        if not module.training or not self._active() or not (again or self._tokens.trained):
+        if not self._counts(module.training and (again or self._tokens.trained)):
             self._finder.projected = None
             return None
         self._flush(None)  # a block that calls its router in chunks

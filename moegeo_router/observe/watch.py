@@ -61,14 +61,15 @@ class Watch(Pausable):
         self._config, self._on_forward, self._on_stop, self._strict = config, on_forward, on_stop, strict
         self._sites = list(sites) if config.hooks else []
         self._watching, self._stopped = True, False
+        self._aside: Window | None = None
         self._findings = Findings(config)
         self._had_graph: dict[str, bool] = {}
         self._tapped = {site.name for site in self._sites}
         self.window = Window(config.num_domains, config.group)
         self.window.experts = {site.name: site.num_experts for site in self._sites}
         failed = partial(self._fail, "the model")
-        self._tokens = TokenTap(model, self._tapped, on_begin, failed, sequences=sequences, active=self._is_active)
-        self._taps = taps_of(model, self._sites, self._tokens, self._observe, self._fail, self._is_active, join)
+        self._tokens = TokenTap(model, self._tapped, on_begin, failed, sequences=sequences, active=self._is_training)
+        self._taps = taps_of(model, self._sites, self._tokens, self._observe, self._fail, self._counts, join)
         self._estimators: dict[str, TraceEstimator] = {}
         try:
             for tap in self._taps:
@@ -162,6 +163,23 @@ class Watch(Pausable):
             return None
         return self.window.close(failed=not self._watching)
 
+    @contextmanager
+    def evaluation(self) -> Iterator[Window]:
+        """Collect all forward passes inside, whatever their mode, in a window of their own, and without gradients."""
+        before, self._aside = self._aside, Window(self._config.num_domains, self._config.group)
+        self._aside.experts = dict(self.window.experts)
+        try:
+            with torch.no_grad():
+                yield self._aside
+        finally:
+            self._aside = before
+
+    def _counts(self, trained: bool) -> bool:
+        return self._is_active() and (trained or self._aside is not None)
+
+    def _is_training(self) -> bool:
+        return self._is_active() and self._aside is None
+
     def unhook(self) -> None:
         """Take every hook off."""
         self._tokens.remove()
@@ -185,6 +203,10 @@ class Watch(Pausable):
             self._take_in(seen)
 
     def _take_in(self, seen: LayerForward) -> None:
+        if self._aside is not None:
+            self._aside.experts.setdefault(seen.layer, seen.num_experts)  # recorded for the first time
+            self._aside.add(seen.layer, self._sums(self._with_choices(seen)))
+            return
         self._on_forward(seen, self._tokens.trained)
         with torch.no_grad():
             self._findings.of(seen)

@@ -202,13 +202,16 @@ class NaturalGradient(Pausable, Optimizer):
                 raise ValueError(f"weight_decay has no meaning for rows of fixed norm: router {stack.names[0]}")
 
     def _tap(self, model: nn.Module, sites: Sequence[RouterSite]) -> list[LayerTap | TokenTap]:
-        active = self._is_active
         names = {site.name for site in sites}
-        self._tokens = TokenTap(model, names, lambda _: None, _raise, active=active)
+        self._tokens = TokenTap(model, names, lambda _: None, _raise, active=self._is_active)
         taps = (
-            LayerTap(site, None, None, self._tokens, self.observe, _raise, active, exclusive=False) for site in sites
+            LayerTap(site, None, None, self._tokens, self.observe, _raise, self._counts, exclusive=False)
+            for site in sites
         )
         return [self._tokens, *taps]
+
+    def _counts(self, trained: bool) -> bool:
+        return trained and self._is_active()
 
 
 def _sites_of_groups(

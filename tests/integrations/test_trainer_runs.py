@@ -58,15 +58,36 @@ def test_reporters_get_the_scalars_of_training(tmp_path, monkeypatch, capsys):
     assert [row["train/global_step"] for row in logged] == [2, 4]
     evaluated = [row for row in history if "eval/loss" in row]
     assert len(evaluated) == 2
-    assert not any("geometry" in name for row in evaluated for name in row)
+    assert all(0 < row["eval/geometry/fsi"] < 1 for row in evaluated)  # of the held-out data
     scalars = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("train/geometry/fsi")
     assert [event.value for event in scalars] == pytest.approx(told)
     assert f"'geometry/fsi': '{told[-1]:.4g}'" in capsys.readouterr().out
     names = [name for name in lines(run)[-1] if name.startswith("geometry/")]
     assert {"geometry/fsi", "geometry/dispersion_1", "geometry/fhs", "geometry/movement"} <= set(names)
     assert len(names) <= 24
-    ends = [line for line in run.state.log_history if "loss" not in line]
+    ends = [line for line in run.state.log_history if not {"loss", "eval_loss"} & line.keys()]
+    assert ends
     assert not any("geometry" in name for line in ends for name in line)
+
+
+def test_evaluations_have_the_geometry_of_held_out_data(tmp_path):
+    """The same as watching the model on that data; and the best checkpoint may be chosen by it."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_geometry/fsi", "greater_is_better": False}
+    steps = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    run, _ = with_geometry(tmp_path, config=CONFIG, eval_dataset=examples(5, padded=True), **best, **steps)
+    with pytest.warns(UserWarning, match="issue 48805"):  # when the best is loaded
+        run.train()
+    logged = {line["step"]: line["eval_geometry/fsi"] for line in run.state.log_history if "eval_loss" in line}
+    assert list(logged) == [3, 6]
+    assert run.state.best_metric == min(logged.values())
+    model = run.model.eval()  # the best
+    geometry = mg.attach(model)
+    with geometry.evaluation() as held_out:
+        for row in examples(5, padded=True):
+            model(**{name: value[None] for name, value in row.items()})
+    assert held_out.metrics()["geometry/fsi"] == pytest.approx(run.state.best_metric, rel=1e-5)
+    geometry.detach()
+    assert "eval_geometry/fsi" not in run.evaluate()  # train() has ended, and geometry with it
 
 
 def test_alerts_are_told(tmp_path, caplog):
