@@ -50,10 +50,10 @@ class MoEGeometryCallback(TrainerCallback):
 
     While ``train()`` runs, the routers are on a manifold and their step is taken over from the Trainer's optimizer
     (``attach``), the regularizers ride on the graph, and the controller sees the loss. Every line of training logs has
-    the scalars of the last optimizer step (``geometry/fsi`` …) before any reporter sees it, and an evaluation has those of
-    its data (``eval_geometry/fsi`` …). Checkpoints hold
-    ``geometry.pt`` beside ``optimizer.pt``, and ``train(resume_from_checkpoint=...)`` goes on from it. However
-    ``train()`` ends, the model, the optimizer and the trainer are then as they were.
+    the scalars of the last optimizer step (``geometry/fsi`` …) before any reporter sees it, and every evaluation those
+    of its data (``eval_geometry/fsi`` …). Checkpoints hold ``geometry.pt`` beside ``optimizer.pt``, and
+    ``train(resume_from_checkpoint=...)`` goes on from it. However ``train()`` ends, the model, the optimizer and the
+    trainer are then as they were.
 
     Args:
         trainer: the trainer that it is added to.
