@@ -6,6 +6,7 @@ Shape legend: L routers, E experts, D width.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from .point import Point
 class RiemannianAdamRule:
     """A step of length 1 in the manifold's norm is ``lr · scale`` times √(coordinates under one norm).
 
-    √D for polar and unit rows, √(E·D) for orthonormal ones, 1 for Euclidean rows, where the rule *is* Adam. No weight
-    decay: on a scale-free manifold it has no meaning.
+    √D for polar and unit rows, √(E·D) for orthonormal ones, 1 for Euclidean rows, where the rule *is* Adam. The bias of
+    the averages is corrected for the steps that a router has made itself, as torch does for each parameter: one that is
+    thawed late makes no longer steps for it. No weight decay, see ``RouterSteps``.
 
     Args:
         like: (L, E, D) the weights.
@@ -34,10 +36,12 @@ class RiemannianAdamRule:
         self._point = ManifoldParameter(like.clone(), manifold=manifold)
         self._stepper = RiemannianAdam([self._point], lr=0.0)
         self._unit, self._scale = _unit(like, manifold), scale
+        self._steps = [0] * len(like)
+        self._moments = {name: torch.zeros_like(like) for name in ("exp_avg", "exp_avg_sq")}
 
     def ready(self) -> list[bool]:
         """Return True for each router."""
-        return [True] * len(self._point)
+        return [True] * len(self._steps)
 
     def rest(self) -> None:
         """Do nothing."""
@@ -52,34 +56,30 @@ class RiemannianAdamRule:
         """Return where the step leads."""
         (options,) = self._stepper.param_groups
         options["lr"], options["betas"] = self.rate(group), group.get("betas", (0.9, 0.999))
-        moments = {index: self._moments(index) for index in idle}
-        self._point.data, self._point.grad = point.weight, gradient.weight
-        self._stepper.step()
-        self._point.grad = None
-        for index, saved in moments.items():
-            for name, values in saved.items():
-                self._stepper.state[self._point][name][index] = values
-        return Point(self._point.data)
+        self._moments = {name: values.to(point.weight) for name, values in self._moments.items()}
+        after = point.weight.clone()
+        for routers in self._alike(idle):
+            # All of them without indices, which would have to be sent to an accelerator.
+            which = slice(None) if len(routers) == len(self._steps) else routers
+            after[which] = self._moved(point.weight[which], gradient.weight[which], which, self._steps[routers[0]])
+            for index in routers:
+                self._steps[index] += 1
+        return Point(after)
 
     def forget(self, index: int, experts: Sequence[int]) -> None:
         """Clear the momentum of a router's rows, and give them the others' mean second moment.
 
         Not 0: after many steps nothing corrects for an average that begins anew, and the first step would be long.
         """
-        state, rows = self._stepper.state.get(self._point, {}), list(experts)
-        if "exp_avg" in state:
-            state["exp_avg"][index, rows] = 0
-        second = state.get("exp_avg_sq")
-        if second is not None and second.shape[-2] == self._point.shape[-2]:
-            others = [row for row in range(second.shape[-2]) if row not in rows]
-            second[index, rows] = second[index, others].mean(dim=0) if others else 0
+        rows, second = list(experts), self._moments["exp_avg_sq"]
+        others = [row for row in range(second.shape[-2]) if row not in rows]
+        self._moments["exp_avg"][index, rows] = 0
+        second[index, rows] = second[index, others].mean(dim=0) if others else 0
 
     def state(self, index: int) -> dict[str, Any]:
         """Return a router's step count and moments."""
-        return {
-            "step": self._stepper.state.get(self._point, {}).get("step", 0),
-            "moments": self._moments(index),
-        }
+        moments = {name: values[index].clone() for name, values in self._moments.items()}
+        return {"step": self._steps[index], "moments": moments if self._steps[index] else {}}
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue from the states of all routers.
@@ -89,18 +89,31 @@ class RiemannianAdamRule:
         """
         if "moments" not in states[0]:
             raise ValueError("the state of a Riemannian step has no moments: it is of natural steps")
-        self._stepper.state.clear()
-        if states[0]["moments"]:
-            # Not geoopt's load_state_dict, which turns the count into fp32 and so changes the bias correction.
-            moments = {
-                name: torch.stack([entry["moments"][name] for entry in states]).to(self._point.device)
-                for name in states[0]["moments"]
-            }
-            self._stepper.state[self._point] = {"step": states[0]["step"], **moments}
+        self._steps = [int(entry["step"]) for entry in states]
+        for name, values in self._moments.items():
+            values.zero_()
+            for index, entry in enumerate(states):
+                if entry["moments"]:
+                    values[index] = entry["moments"][name]
 
-    def _moments(self, index: int) -> dict[str, Tensor]:
-        state = self._stepper.state.get(self._point, {})
-        return {name: values[index].clone() for name, values in state.items() if isinstance(values, Tensor)}
+    def _alike(self, idle: Sequence[int]) -> list[list[int]]:
+        """Return the routers to be stepped, those together that have made as many steps: geoopt counts for all."""
+        alike: dict[int, list[int]] = defaultdict(list)
+        for index, steps in enumerate(self._steps):
+            if index not in idle:
+                alike[steps].append(index)
+        return list(alike.values())
+
+    def _moved(self, weight: Tensor, gradient: Tensor, which: slice | list[int], steps: int) -> Tensor:
+        """Return where the next step leads of routers that have made ``steps`` so far."""
+        moments = {name: values[which] for name, values in self._moments.items()}
+        self._point.data, self._point.grad = weight, gradient
+        self._stepper.state[self._point] = {"step": steps, **moments}
+        self._stepper.step()
+        self._point.grad = None
+        for name, values in moments.items():
+            self._moments[name][which] = values
+        return self._point.data
 
 
 def _unit(like: Tensor, manifold: Any) -> float:

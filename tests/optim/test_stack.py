@@ -34,6 +34,39 @@ def test_many_steps_are_those_of_geoopts_optimizer_on_the_same_gradients():
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("manifold", "unit"), [("polar", math.sqrt(D)), ("euclidean", 1.0)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_router_that_wakes_late_has_the_bias_correction_of_its_own_steps(manifold, unit, resumed):
+    """Geoopt, like torch, counts the steps of every parameter: one that wakes at step 20 begins as at step 0."""
+    from geoopt.optim import RiemannianAdam
+
+    ours, theirs = converted(manifold=manifold), converted(manifold=manifold)
+    late = [routers(model)[1].requires_grad_(False) for model in (ours, theirs)]
+    rest = [p for n, p in ours.named_parameters() if "gate" not in n]
+    optimizer = torch.optim.SGD([{"params": rest, "lr": 0.0}, {"params": routers(ours)}], lr=0.01)
+    geometry = take_over(ours, optimizer)
+    riemannian = RiemannianAdam(routers(theirs), lr=0.01 * unit, betas=(0.9, 0.999))
+    for step in range(26):
+        if step == 20:
+            for weight in late:
+                weight.requires_grad_(True)
+        if resumed and step in (10, 23):
+            state = geometry.state_dict()
+            geometry.detach()
+            geometry = take_over(ours, optimizer)
+            geometry.load_state_dict(state)
+        before = routers(ours)[1].detach().clone()
+        train(ours, optimizer, range(step, step + 1))
+        backward(theirs, step)
+        riemannian.step()
+        theirs.zero_grad()
+        if step >= 20 and manifold == "polar":
+            assert (PolarRows().dist(before, routers(ours)[1].detach()) < 1.001 * 0.01 * unit).all()
+    for p, q in zip(routers(ours), routers(theirs), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-14)
+    assert [entry["step"] for entry in geometry.state_dict()["routers"].values()] == [26, 6]
+
+
 @pytest.mark.parametrize("manifold", ["polar", "sphere", "orthonormal", "euclidean"])
 def test_resumes_bit_for_bit(manifold):
     def fresh() -> tuple[Model, torch.optim.Optimizer, mg.Geometry]:
