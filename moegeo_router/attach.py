@@ -236,11 +236,13 @@ class Geometry:
             layers: whose; None: all that are stepped naturally.
 
         Raises:
-            ValueError: a layer that is not stepped naturally, or a limit that is not above 0.
+            ValueError: a layer that is named and not stepped naturally, none that is, or a limit that is not above 0.
         """
         if self._steps is None:
             raise ValueError("no optimizer was given to attach, so there are no steps to limit")
-        limits = dict.fromkeys(self._steps.names if layers is None else layers, limit)
+        if layers is None and not self._steps.natural:
+            raise ValueError("no router is stepped naturally, so there are no steps to limit")
+        limits = dict.fromkeys(self._steps.natural if layers is None else layers, limit)
         self._steps.limit_speed(limits)
         if self._control is not None:
             self._control.limit_speed(limits)

@@ -102,9 +102,9 @@ class RouterSteps:
         return self._natural is None or self._natural.takes(name)
 
     @property
-    def natural(self) -> bool:
-        """Whether any router is stepped naturally."""
-        return any(isinstance(stack.rule, NaturalRule) for stack in self._stacks)
+    def natural(self) -> list[str]:
+        """The names of the routers that are stepped naturally."""
+        return [name for stack in self._stacks if isinstance(stack.rule, NaturalRule) for name in stack.names]
 
     def leave_natural_steps(self) -> None:
         """Step all routers by Riemannian Adam from here on."""
@@ -118,8 +118,7 @@ class RouterSteps:
         Raises:
             ValueError: a router that is not stepped naturally, or a limit that is not above 0.
         """
-        natural = [stack for stack in self._stacks if isinstance(stack.rule, NaturalRule)]
-        known = {name for stack in natural for name in stack.names}
+        known = self.natural
         for name, limit in limits.items():
             if name not in known:
                 raise ValueError(
@@ -144,7 +143,7 @@ class RouterSteps:
 
     def is_natural(self, name: str) -> bool:
         """Whether a router is stepped naturally."""
-        return any(isinstance(stack.rule, NaturalRule) and name in stack.names for stack in self._stacks)
+        return name in self.natural
 
     @property
     def speed_limits(self) -> dict[str, float | None]:

@@ -94,6 +94,24 @@ def test_limits_can_be_set_while_it_runs_and_are_kept():
         take_over(model, optimizer).limit_speed(0.1, ["blocks.0.gate"])
 
 
+def test_a_limit_for_all_is_one_for_those_that_are_stepped_naturally():
+    model = build(LinearGateBlock)
+    model.blocks[1].gate.__class__ = Doubled
+    mg.geometrize(model, select="blocks.*.gate")
+    optimizer = torch.optim.SGD([{"params": model.blocks[1].parameters()}, {"params": routers(model)[0]}], lr=0.01)
+    geometry = natural(model, optimizer, select="blocks.*.gate", fisher=None, router_lr=1e4)
+    with pytest.warns(UserWarning, match=r"Riemannian Adam steps blocks\.1\.gate instead"):
+        train(model, optimizer, range(1))
+    geometry.limit_speed(0.02)
+    train(model, optimizer, range(1, 2))
+    assert geometry.metrics()["geometry/movement"] == pytest.approx(0.02, rel=0.03)
+    with pytest.raises(ValueError, match=r"router 'blocks\.1\.gate' is not stepped naturally"):
+        geometry.limit_speed(0.02, ["blocks.1.gate"])
+    geometry.detach()
+    with pytest.raises(ValueError, match="no router is stepped naturally"):
+        take_over(model, optimizer, select="blocks.*.gate").limit_speed(0.02)
+
+
 def test_a_rate_of_zero_changes_no_bit():
     model = converted()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
