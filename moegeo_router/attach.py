@@ -210,7 +210,7 @@ class Geometry:
         """
         if loss.numel() != 1:
             raise ValueError(f"loss must be a scalar, got {tuple(loss.shape)}")
-        if self._control is not None and self._watch.watching:
+        if self._control is not None and self._attached and self._watch.watching:
             self._control.record_loss(loss)
         return loss
 
@@ -289,12 +289,15 @@ class Geometry:
     def log_pictures(self, logger: Logger, step: int) -> None:
         """Write a heatmap of the experts' load and histograms of their shares, every ``pictures_every`` steps.
 
+        Nothing once the watching has stopped: what was seen last is not the routing of a later step.
+
         Args:
             logger: where to.
             step: the optimizer step.
         """
-        newest = self._watch.window.newest(wait=False)
-        if newest is not None and self.config.pictures_every and step % self.config.pictures_every == 0:
+        if not self._watch.watching or not self.config.pictures_every or step % self.config.pictures_every:
+            return
+        if (newest := self._watch.window.newest(wait=False)) is not None:
             log_shares(logger, newest[0], self.layers, step)
 
     @contextmanager

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moegeo_router as mg
 from moegeo_router.loggers import JSONLLogger, read_jsonl
+from moegeo_router.observe.statistics import LayerStatistics
 from tests.support import moe
 from tests.support.moe import D, E, K, L, LinearGateBlock, Model
 from tests.support.ranks import on_two_ranks
@@ -269,6 +270,24 @@ def test_pictures_of_the_load_every_so_many_steps(tmp_path):
         "geometry/fisher_shares",
     }
     assert sum(next(row["counts"] for row in rows if "histogram" in row)) == 2 * E
+
+
+def test_no_pictures_of_steps_that_were_not_seen(tmp_path, monkeypatch):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = mg.GeometryConfig(top_k=K, step=None, regularizers=mg.Regularizers.none(), pictures_every=1)
+    geometry, logger = mg.attach(model, optimizer, config), JSONLLogger(tmp_path / "log")
+    for number in range(1, 5):
+        if number == 3:
+            monkeypatch.setattr(LayerStatistics, "of", lambda *_, **__: 1 / 0)
+            with pytest.warns(UserWarning, match="watching .* failed and is switched off"):
+                step(model, inputs())
+        else:
+            step(model, inputs())
+        optimizer.step()
+        geometry.log_pictures(logger, number)
+    logger.close()
+    assert {row["step"] for row in read_jsonl(tmp_path / "log")} == {1, 2}
 
 
 def test_the_velocity_is_from_step_to_step_and_state_is_of_the_last():

@@ -234,6 +234,17 @@ def test_mistakes_are_one_error():
         geometry.record_loss(torch.ones(3))
 
 
+def test_losses_are_not_kept_after_detach():
+    model, optimizer, geometry = attached("observe")
+    fit(model, geometry, optimizer, batches(2))
+    geometry.record_loss(torch.ones(()))  # of a step that did not end
+    geometry.detach()
+    kept = len(geometry._control._losses)
+    for _ in range(5):
+        assert geometry.record_loss(loss := torch.ones(())) is loss
+    assert len(geometry._control._losses) == kept
+
+
 def test_one_expert_no_tokens_and_bf16_are_no_news():
     torch.manual_seed(0)
     model = nn.Sequential(Layer(experts=2)).bfloat16()
