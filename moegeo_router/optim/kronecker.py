@@ -34,6 +34,9 @@ class KroneckerFisher:
         like: (L, E, D) the weights: shape, dtype, device.
         block: the most columns of a block of A.
         scores: the router's score function.
+
+    Attributes:
+        damped: damping and floor of the inverses; None: there are none yet.
     """
 
     def __init__(self, like: Tensor, block: int, scores: ScoreFunction) -> None:
@@ -50,6 +53,7 @@ class KroneckerFisher:
         self._sums = {name: like.new_zeros(routers, *shape) for name, shape in shapes.items()}
         self._window = {name: torch.zeros_like(values) for name, values in self._sums.items()}
         self._inverse_A, self._inverse_G = torch.zeros_like(self._sums["A"]), torch.zeros_like(self._sums["G"])
+        self.damped: tuple[float, float] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums, each (L, …)."""
@@ -91,10 +95,14 @@ class KroneckerFisher:
             self._sums[name] *= config.decay**steps
             self._sums[name] += values
             values.zero_()
-        self.invert(config)
+        self.invert(config.damping, config.floor)
 
-    def invert(self, config: NaturalConfig) -> None:
+    def invert(self, damping: float, floor: float) -> None:
         """Compute the damped inverses of the averages.
+
+        Args:
+            damping: see ``NaturalConfig``.
+            floor: see there.
 
         Raises:
             ValueError: as for ``refresh``.
@@ -108,12 +116,13 @@ class KroneckerFisher:
         if self._scores == "softmax":
             # A shift of all logits moves no softmax: a direction without curvature is given the mean one.
             G = G + mean_G / self._experts
-        floor = config.floor * others / self._experts**2
-        self._inverse_G = _inverse(G + (config.damping * mean_G + floor + tiny) * eye)
+        lowest = floor * others / self._experts**2
+        self._inverse_G = _inverse(G + (damping * mean_G + lowest + tiny) * eye)
         # The mean over all of A: a block without input would have no damping of its own.
         mean_A = _trace(A).sum(dim=1, keepdim=True) / self._width
         eye = torch.eye(self._size, dtype=A.dtype, device=A.device)
-        self._inverse_A = _inverse(A + (config.damping * mean_A + tiny) * eye)
+        self._inverse_A = _inverse(A + (damping * mean_A + tiny) * eye)
+        self.damped = damping, floor
 
     def solve(self, gradient_LED: Tensor) -> Tensor:
         """Return ``(G + λ_G)⁻¹ ∇ (A + λ_A)⁻¹``."""

@@ -173,6 +173,7 @@ class NaturalRule:
             "window": self._window,
             "peak": self._peak,
             "rows_seen": self.samples[index].steps,
+            "damped": self._fisher.damped,
             **{name: values[index].clone() for name, values in tensors.items()},
         }
 
@@ -192,7 +193,8 @@ class NaturalRule:
         self._step, self._window, self._peak = (states[0][name] for name in ("step", "window", "peak"))
         for sample, entry in zip(self.samples, states, strict=True):
             sample.steps = entry["rows_seen"]
-        self._fisher.invert(self._config)
+        # Those of the last refresh: the options may have changed since. A state of before has none.
+        self._fisher.invert(*states[0].get("damped") or (self._config.damping, self._config.floor))
 
     def _options(self, group: Mapping[str, Any]) -> NaturalConfig:
         if self._scale is None:

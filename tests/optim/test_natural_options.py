@@ -84,6 +84,25 @@ def test_options_of_a_group_change_while_it_runs():
         one_step(changed, first, 2)
 
 
+@pytest.mark.parametrize("changed", [2, 4])  # the factors are inverted at steps 3 and 6
+def test_options_that_changed_are_resumed_bit_for_bit(changed):
+    def run(resumed: bool) -> Tensor:
+        model = Router(manifold="polar")
+        optimizer = mg.NaturalGradient(model, limit=None, lr=0.01, refresh_every=3)
+        for seed in range(8):
+            if seed == changed:
+                optimizer.param_groups[0] |= {"damping": 0.01, "floor": 0.1}
+            if resumed and seed == 5:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer.remove()
+                optimizer = mg.NaturalGradient(model, limit=None, lr=0.01, refresh_every=3)
+                optimizer.load_state_dict(state)
+            one_step(model, optimizer, seed)
+        return model.router.weight.detach()
+
+    assert torch.equal(run(True), run(False))
+
+
 def test_resuming_takes_the_configured_limit_unless_one_was_set():
     model = converted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
