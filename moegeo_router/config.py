@@ -29,8 +29,10 @@ class NaturalConfig:
         limit: r, radians: a step is shortened until the exact mean KL divergence of the routing before it from that
             after it, on the kept rows, is at most r²/2. The routing then moves by about r (RMS over tokens). None: no
             limit.
-        limit_follows_lr: r shrinks with the learning rate of the group: times its ratio to the largest it had so far or
-            is known to have (``initial_lr``, ``max_lr``, which schedulers of torch leave in the group).
+        limit_follows_lr: r shrinks with the learning rate of the group: times its ratio to its peak. The peak is the
+            largest of the rate that the group had when its step was taken over (``attach``, or when
+            ``NaturalGradient`` was made), those that it had since, and its ``initial_lr`` and ``max_lr``, which
+            schedulers of torch leave there.
         momentum: of the natural gradients, a tangent vector that is carried along; bias-corrected.
         second_moment: of their squared lengths in the Fisher metric. The momentum is divided by the root, so that its
             length says how far the gradients agree: a step has length ``lr · limit`` where they do, less where they are
@@ -98,8 +100,8 @@ class GeometryConfig:
         step: how the routers are stepped when there is an optimizer, whose step is then taken over: ``"natural"``
             (natural gradients within a speed limit; Riemannian Adam for routers that do not show what these need) or
             ``"riemannian"`` (Riemannian Adam); None leaves it there.
-        router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or 1 times the group's
-            schedule (``"natural"``).
+        router_lr: factor on the routers' learning rate: that of their group (``"riemannian"``), or the ratio of that
+            to its peak (``"natural"``; what counts as the peak: ``NaturalConfig.limit_follows_lr``).
         natural: how natural steps are made.
         bias_speed: u of loss-free balancing, ``b ← b + u · sign(mean n - n)`` once a step, for the biases that routers
             like DeepSeek-V3's have for choosing experts only, and that nobody else updates; 0.001 is usual. 0: they are

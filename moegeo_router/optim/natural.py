@@ -6,6 +6,7 @@ Shape legend: L routers, E experts, D width (with a bias one more).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from .kronecker import KroneckerFisher
 from .point import Point
 from .rows import Rows, RowSample, stack_rows
 from .speed import largest_step
+
+#: A learning rate that exceeds its known peak so many times is on its way up.
+CLIMBS = 5
 
 #: The names of the options that a group of ``NaturalGradient`` has.
 OPTIONS = tuple(field.name for field in fields(NaturalConfig))
@@ -63,6 +67,7 @@ class NaturalRule:
         bias: whether they have one.
         scale: the learning rate is this, times the schedule of the group. None: the group is one of
             ``NaturalGradient``, and its own ``lr``, ``weight_decay`` and options hold.
+        peak: the largest learning rate that the group is known to have, before the first step.
         group: the data-parallel process group.
     """
 
@@ -76,6 +81,7 @@ class NaturalRule:
         scores: ScoreFunction = "softmax",
         bias: bool = False,
         scale: float | None = None,
+        peak: float = 0.0,
         group: Any = None,
     ) -> None:
         from ..geometry.rows import OrthonormalRows
@@ -88,7 +94,8 @@ class NaturalRule:
         joined = like.new_zeros(routers, experts, self._width + bias)
         # The column of 1 that a bias adds does not make a full factor into two blocks.
         self._fisher = KroneckerFisher(joined, config.block + (bias and config.block > 1), scores)
-        self._bias, self._step, self._window, self._peak, self._known = bias, 0, 0, 0.0, False
+        self._bias, self._step, self._window, self._known = bias, 0, 0, False
+        self._peak, self._climbs = peak, 0
         self._tensors = {
             "limit": like.new_full((routers,), math.nan),  # NaN: the configured one
             "count": like.new_zeros(routers),
@@ -145,7 +152,7 @@ class NaturalRule:
         """
         self._follow(point.weight)
         config, slope_LED = self._options(group), _joined(gradient)
-        self._peak = max(self._peak, _peak(group))
+        self._follow_rate(group)
         rows = stack_rows(self.samples, point.weight, self._bias)
         kept = KeptRouting(rows, self._scores, self._group)
         self._update_fisher(rows, config)
@@ -203,8 +210,21 @@ class NaturalRule:
 
     def _schedule(self, group: Mapping[str, Any]) -> float:
         """Return where a group is in its learning-rate schedule: lr over the largest it had or will have."""
-        peak = max(self._peak, _peak(group))
+        peak = max(self._peak, peak_rate(group))
         return float(group.get("lr", 0.0)) / peak if peak else 0.0
+
+    def _follow_rate(self, group: Mapping[str, Any]) -> None:
+        """Take note of a new peak, and say it once when the rate is on its way to one that nobody knew."""
+        if (peak := peak_rate(group)) <= self._peak:
+            return
+        self._peak, self._climbs = peak, self._climbs + 1
+        if self._climbs == CLIMBS:
+            warnings.warn(
+                f"the learning rate of a group of routers has passed all that was known of its peak {CLIMBS} times: all "
+                "of the way up, natural steps are as long as at the peak. Attach while the group has its peak learning "
+                "rate, leave the schedule to a scheduler of torch, or set group['max_lr']",
+                stacklevel=2,
+            )
 
     def _limits(self, config: NaturalConfig) -> Tensor:
         own_L = self._tensors["limit"]
@@ -291,7 +311,8 @@ class NaturalRule:
             self._fisher.to(like)
 
 
-def _peak(group: Mapping[str, Any]) -> float:
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """Return the largest learning rate that a group has, or is known to have."""
     return max(float(group.get(name) or 0.0) for name in ("lr", "initial_lr", "max_lr"))
 
 

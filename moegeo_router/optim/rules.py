@@ -12,7 +12,7 @@ from ..config import NaturalConfig
 from ..observe.forward import LayerForward
 from ..observe.statistics import world_size
 from ..routers.gating import ScoreFunction
-from .natural import Movement, NaturalRule, in_a_row
+from .natural import Movement, NaturalRule, in_a_row, peak_rate
 from .point import TiedRouters
 from .rows import RouterRows, RowSample
 
@@ -31,8 +31,16 @@ class NaturalRules:
         self._rules: list[tuple[NaturalRule, Sequence[TiedRouters]]] = []
         self._rows: dict[str, list[RouterRows]] = defaultdict(list)
 
-    def rule(self, like: Tensor, manifold: Any, routers: Sequence[TiedRouters], *, scale: float | None) -> NaturalRule:
-        """Return the rule of one stack."""
+    def rule(
+        self,
+        like: Tensor,
+        manifold: Any,
+        routers: Sequence[TiedRouters],
+        options: Mapping[str, Any],
+        *,
+        scale: float | None,
+    ) -> NaturalRule:
+        """Return the rule of one stack, in an optimizer's group with ``options``."""
         samples = [RowSample(-(-self._config.rows // world_size(self._group))) for _ in routers]
         for tied, sample in zip(routers, samples, strict=True):
             for site in tied.sites:
@@ -45,6 +53,7 @@ class NaturalRules:
             scores=self._scores,
             bias=routers[0].bias is not None,
             scale=scale,
+            peak=peak_rate(options),
             group=self._group,
         )
         self._rules.append((rule, routers))

@@ -6,7 +6,7 @@ Shape legend: L routers, E experts, D width.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from ..routers.find import RouterSite
 from ..routers.tag import manifold_of
 from .point import Point, StepRule, TiedRouters
 
-#: Makes the rule of a stack: of its stacked weights (L, E, D), their manifold, and the routers.
-RuleFactory = Callable[[Tensor, Any, Sequence[TiedRouters]], StepRule]
+#: Makes the rule of a stack: of its stacked weights (L, E, D), their manifold, the routers, and the optimizer's group.
+RuleFactory = Callable[[Tensor, Any, Sequence[TiedRouters], Mapping[str, Any]], StepRule]
 
 
 class RouterStack:
@@ -42,7 +42,7 @@ class RouterStack:
         self._biases = [tied.bias for tied in routers if tied.bias is not None]
         # The weights' own manifolds: those of polar rows know what a zero row stands for.
         self._manifolds: list[Any] = [manifold_of(weight) or EuclideanRows() for weight in self._weights]
-        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._routers)
+        self.rule = self._made(rule)
         self._master, self._began, self._fell_back = self._masters(), False, False
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
@@ -73,7 +73,7 @@ class RouterStack:
         self._routers = [TiedRouters(tied.sites) for tied in self._routers]
         self._biases, self._fell_back = [], True
         self._master = Point(self._master.weight)
-        self.rule = rule(_stacked(self._weights), self._manifolds[0], self._routers)
+        self.rule = self._made(rule)
 
     def withhold(self) -> None:
         """Take the routers' gradients away from the optimizer; that of a bias goes with its weight's.
@@ -151,6 +151,10 @@ class RouterStack:
             names = saved[0]["master"]
             masters = {n: torch.stack([entry["master"][n] for entry in saved]).to(device) for n in names}
             self._master = Point(**masters)
+
+    def _made(self, rule: RuleFactory) -> StepRule:
+        group = self.optimizer.param_groups[self._group]
+        return rule(_stacked(self._weights), self._manifolds[0], self._routers, group)
 
     def _catch_up(self) -> Point:
         """Return what the parameters are now; on the first step give zero rows their direction."""

@@ -210,7 +210,9 @@ class RouterSteps:
             for key, together in alike.items()
         ]
 
-    def _riemannian(self, like: Tensor, manifold: Any, routers: Sequence[TiedRouters]) -> RiemannianAdamRule:
+    def _riemannian(
+        self, like: Tensor, manifold: Any, routers: Sequence[TiedRouters], group: Mapping[str, Any]
+    ) -> RiemannianAdamRule:
         return RiemannianAdamRule(like, manifold, self._scale)
 
     def _together(self, weight: nn.Parameter, bias: nn.Parameter) -> bool:

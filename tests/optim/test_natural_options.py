@@ -51,6 +51,53 @@ def test_every_kind_of_schedule_is_followed():
     assert cyclic == pytest.approx([1, 1, 1, 0.02 / 0.03, 0.01 / 0.03])  # the peak is not known before it is reached
 
 
+def limits_by_hand(factors: list[float], at_attach: float = 1.0, resumed: bool = False) -> list[float]:
+    """The speed limit under a schedule that the loop writes into the groups, of peaks of their own."""
+    model, peaks = converted(), (0.01, 0.3)
+    groups = [{"params": [w], "lr": at_attach * peak} for w, peak in zip(routers(model), peaks, strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    geometry, found = natural(model, optimizer, per_layer=True), []
+    for seed, factor in enumerate(factors):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = factor * peak
+        if resumed and seed == 2:
+            state = geometry.state_dict()
+            geometry.detach()
+            geometry = natural(model, optimizer, per_layer=True)
+            geometry.load_state_dict(state)
+        train(model, optimizer, range(seed, seed + 1))
+        limits = [geometry.metrics()[f"geometry/layer{index}/speed_limit"] / LIMIT for index in range(2)]
+        assert limits[0] == pytest.approx(limits[1])
+        found.append(limits[0])
+    return found
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_schedule_by_hand_has_the_rate_at_attach_for_its_peak(resumed):
+    factors = [0.25, 0.5, 0.75, 1, 0.5]
+    assert limits_by_hand(factors, resumed=resumed) == pytest.approx(factors)
+    # What nobody could know: the rate was not at its peak, and went past it.
+    assert limits_by_hand(factors, at_attach=0.5, resumed=resumed) == pytest.approx([0.5, 1, 1, 1, 0.5])
+
+
+def test_an_optimizer_of_its_own_has_the_rate_it_was_made_with_for_its_peak():
+    model = Router(manifold="polar")
+    optimizer = mg.NaturalGradient(model, limit=LIMIT, lr=2.0)
+    for factor in (0.25, 1.0, 0.5):
+        optimizer.param_groups[0]["lr"] = 2.0 * factor
+        one_step(model, optimizer)
+        assert float(optimizer.movement.limit) == pytest.approx(factor * LIMIT)
+
+
+def test_a_rate_on_its_way_to_an_unknown_peak_is_said_once():
+    rising = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.5]
+    with pytest.warns(UserWarning, match="passed all that was known of its peak 5 times.* Attach while") as caught:
+        found = limits_by_hand(rising, at_attach=0.1)
+    assert len(caught) == 2, "of each group"
+    assert found == pytest.approx([1.0] * 9 + [0.5])
+    limits_by_hand([0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5], at_attach=0.1)  # a few steps up are none
+
+
 def test_weight_decay_of_the_users_group_is_not_the_routers():
     def run(decay: float) -> Tensor:
         model = converted()
