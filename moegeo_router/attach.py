@@ -44,7 +44,7 @@ def attach(
 
     Without an optimizer it only watches: sums over tokens are collected in the forward and backward passes that happen
     anyway, and nothing about the training changes, bit for bit. With one, the routers' step is taken over from it
-    (``RouterSteps``) and the default regularizers are on (``Regularizers``).
+    (``RouterSteps``), its weight decay is not applied to them, and the default regularizers are on (``Regularizers``).
 
     Not counted: eval mode, forwards under ``no_grad``, the recomputation of activation checkpointing, tokens that
     ``attention_mask`` masks, anything inside ``pause()``. A model that is compiled is attached to before its first

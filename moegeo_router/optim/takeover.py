@@ -36,7 +36,8 @@ _HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 class RouterSteps:
     """Steps the routers whenever the user's optimizers step, by Riemannian Adam or by natural gradients.
 
-    Half-precision weights keep an fp32 master. No weight decay: on a scale-free manifold it has no meaning.
+    Half-precision weights keep an fp32 master. The optimizers' weight decay is not applied: where a step is relative to
+    the length of a row, it would not hold back the direction, which routes, but only shrink the scale of the logits.
 
     Args:
         sites: routers whose weights are on a manifold of this library; one that is frozen stays where it is while it
