@@ -81,7 +81,9 @@ class GeometryConfig:
         scores: the routers' score function, which makes p of their logits. None, here and below: what is known of
             their family (``RouterFamily``), for others softmax.
         top_k: experts chosen per token, for layers that show logits only: their choices are then taken to be the k
-            largest logits. Without it such layers have no load metrics, but for families that say it.
+            largest logits, which nothing can check: a layer that chooses otherwise (selection bias, groups, capacity)
+            returns its choices from a class called ``*Router*``, or records them. Without it such layers have no load
+            metrics, but for families that say it.
         renormalize: for the same layers, whether the gates of a token's chosen experts sum to 1; by default they do.
         fisher: estimator of the experts' Fisher traces, from which FHS comes: ``"outputs"`` (any block),
             ``"parameters"`` (exact, linear experts), ``"minibatch"`` (needs an optimizer), or None.

@@ -128,12 +128,15 @@ def test_layers_apart():
     assert found["geometry/fsi"] == pytest.approx(sum(per_layer) / 2)
 
 
-def test_logits_alone_have_no_load_and_that_is_said_once():
+@pytest.mark.parametrize(("scores", "other"), [(None, "sigmoid"), ("sigmoid", "softmax")])
+def test_logits_alone_have_no_load_and_that_is_said_once(scores, other):
     model = build()
-    geometry = watch(model, top_k=None)
+    geometry = watch(model, top_k=None, scores=scores)
     with pytest.warns(UserWarning, match=r"blocks\.0\.gate shows logits, not the experts chosen") as said:
         steps(model, inputs(), inputs())
     assert len(said) == 1
+    assert "GeometryConfig(top_k=...) takes the k largest logits" in str(said[0].message)
+    assert f"GeometryConfig(scores={other!r}) otherwise" in str(said[0].message)
     found = geometry.metrics()
     assert "geometry/fsi" in found
     assert "geometry/max_violation" not in found

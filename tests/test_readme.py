@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,46 @@ def test_the_same_lines_run_on_other_models(build):
     # As if we had never been there.
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def own_layer(way: str) -> dict[str, Any]:
+    """README's layer, with what "A layer of your own" puts in the place of its gate."""
+    text = README.read_text()
+    layer, section = example(text)[0][0], text.partition("## A layer of your own\n")[2].partition("\n## ")[0]
+    router, record = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    imports, layer = layer.split("\n\n\n", maxsplit=1)
+    if way != "linear":
+        gate, call = "self.gate = BiasedRouter(dim, experts)", "_, weights, ids = self.gate(x)"
+        assert {gate, call} <= set(re.findall("`(.*?)`", section))
+        layer = layer.replace("self.gate = nn.Linear(dim, experts)", gate)
+        layer = layer.replace("weights, ids = self.gate(x).softmax(-1).topk(2)", call)
+    if way == "recorded":
+        layer = layer.replace("_, weights", "logits, weights").replace("return x +", "y = x +")
+        layer = layer.replace(".sum(1)\n", f".sum(1)\n        {record}        return y\n")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(f"{imports}\n{router}\n{layer}", "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("way", ["linear", "returned", "recorded"])
+def test_a_layer_of_ones_own_has_the_load_of_what_it_chooses(way):
+    names = own_layer(way)
+    model, x = nn.Sequential(names["MoE"]()), names["batches"][0]
+    gate, options = model[0].gate, {"scores": "sigmoid", "hooks": way != "recorded"}
+    if way == "linear":
+        options = {"top_k": 2, "renormalize": False}
+        ids = gate(x).topk(2).indices
+    else:
+        gate.bias.copy_(torch.tensor([0.0, 0.6, 0.3, 0.0]))
+        ids = (gate.linear(x).sigmoid() + gate.bias).topk(2).indices
+        assert not torch.equal(ids, gate.linear(x).topk(2).indices)
+    geometry = names["geometry"] = mg.attach(model, config=mg.GeometryConfig(on_error="raise", **options))
+    names["loss_of"](model, x).backward()
+    found = geometry.metrics()
+    counts = torch.bincount(ids.flatten(), minlength=4)
+    assert geometry.layers == ("0.gate",)
+    assert found["geometry/fsi_load"] == pytest.approx(float(mg.fsi_load(counts, 2, normalized=True)), rel=1e-6)
+    assert found["geometry/fhs"] > 0
 
 
 def test_links_lead_somewhere():

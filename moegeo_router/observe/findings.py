@@ -50,9 +50,13 @@ class Findings:
         """Say what a layer does not show and what that disables."""
         outputs = self._config.fisher == "outputs"
         if seen.ids is None:
-            hint = " (GeometryConfig(top_k=...) takes the k largest)"
             so = "no load metrics" + (", no FHS by outputs" if outputs else "")
-            self._say("ids", f"layer {seen.layer} shows logits, not the experts chosen: {so}{hint}")
+            ours, other = self._scores_and_other()
+            self._say(
+                "ids",
+                f"layer {seen.layer} shows logits, not the experts chosen: {so} (GeometryConfig(top_k=...) takes the k "
+                f"largest logits for them); p is made by {ours} scores (GeometryConfig(scores={other!r}) otherwise)",
+            )
         elif outputs and seen.gates is None:
             why = "no FHS by outputs (fisher='parameters' needs none)"
             self._say("gates", f"layer {seen.layer} shows the experts chosen, not their gates: {why}")
@@ -91,8 +95,7 @@ class Findings:
     def _scores(self, seen: LayerForward, gates_TK: Tensor) -> None:
         """Compare the gates with what the score function makes of the logits: only their ratios, whatever the scale."""
         assert seen.ids is not None
-        ours = self._config.routing.scores
-        other: ScoreFunction = "sigmoid" if ours == "softmax" else "softmax"
+        ours, other = self._scores_and_other()
         if gates_TK.shape[-1] == 1:
             return
         logits_TE, ids_TK = rows(seen.logits.detach()), rows(seen.ids)
@@ -106,6 +109,9 @@ class Findings:
                 f"layer {seen.layer}: the gates are {other} scores of the logits, not {ours} ones: set "
                 f"GeometryConfig(scores={other!r})",
             )
+
+    def _scores_and_other(self) -> tuple[ScoreFunction, ScoreFunction]:
+        return ("softmax", "sigmoid") if self._config.routing.scores == "softmax" else ("sigmoid", "softmax")
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:
