@@ -153,14 +153,18 @@ def _check_every_selector(model: nn.Module, select: Select, chosen: list[tuple[s
 def _looks_like_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     if known_family(module) is not None:
         return True
-    class_name = type(module).__name__
-    if "Router" in class_name or class_name.endswith(_CLASS_ENDINGS):
+    if _is_called_router(module):
         return _projection(model, name, module) is not None
     parent_name, _, leaf = name.rpartition(".")
     if not isinstance(module, nn.Linear) or leaf not in _LINEAR_NAMES or (not parent_name and module is model):
         return False
     beside = module.out_features in _expert_counts(peft.submodule(model, parent_name))
     return beside or (leaf != "gate" and module.out_features > 1)
+
+
+def _is_called_router(module: nn.Module) -> bool:
+    class_name = type(module).__name__
+    return "Router" in class_name or class_name.endswith(_CLASS_ENDINGS)
 
 
 def _expert_counts(parent: nn.Module) -> set[int]:
@@ -182,11 +186,15 @@ def _projection(model: nn.Module, name: str, module: nn.Module) -> nn.Module | N
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.ndim == 2:
         return module
-    linears = [child for _, child in peft.children_in_use(module) if isinstance(child, nn.Linear)]
+    linears = list(_linears(module).values())
     if len(linears) > 1:
         counts = _expert_counts(peft.submodule(model, name.rpartition(".")[0]))
         linears = [child for child in linears if child.out_features in counts]
     return linears[0] if len(linears) == 1 else None
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in peft.children_in_use(module) if isinstance(child, nn.Linear)}
 
 
 def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[RouterFamily]) -> RouterSite:
@@ -201,10 +209,10 @@ def _site(model: nn.Module, name: str, module: nn.Module, families: Sequence[Rou
         raise ValueError(f"router {name} ({type(module).__name__}) cannot be served: {error}") from None
     projection = _named_projection(name, module, family) or _projection(model, name, module)
     if projection is None:
-        linears = [child for child, m in peft.children_in_use(module) if isinstance(m, nn.Linear)]
         raise ValueError(
             f"router {name} ({type(module).__name__}) has no (E, D) weight, nor one linear layer that must be its own "
-            f"(found: {', '.join(linears) or 'none'}); select the layer itself"
+            f"(found: {', '.join(_linears(module)) or 'none'}); select the layer itself, or say which it is with "
+            "RouterFamily(router=..., projection=...)"
         )
     weight: object = projection.weight
     if isinstance(weight, Tensor) and weight.dtype != torch.bool and weight.element_size() == 1:
@@ -244,5 +252,28 @@ def _nothing_found(model: nn.Module, select: Select) -> str:
     )
     return (
         f"no router found in {type(model).__name__}; looked for {looked_for}. Its linear layers: {seen or 'none'}. "
-        'Name the routers with select="layers.*.my_gate"'
+        'Name the routers with select="layers.*.my_gate"' + "".join(f". {hint}" for hint in _hints(model))
     )
+
+
+def _hints(model: nn.Module) -> Iterator[str]:
+    """Yield how to help a router that is there, but not as a layer that the rules take; the first of each kind."""
+    several = [(n, m) for n, m in peft.modules_in_use(model) if _is_called_router(m) and len(_linears(m)) > 1]
+    for name, router in several[:1]:
+        kind, linears = type(router).__name__, list(_linears(router))
+        yield (
+            f"{name} ({kind}) has several linear layers ({', '.join(linears)}): say which makes the logits, "
+            f"select=mg.RouterFamily(router={kind!r}, projection={linears[0]!r}) or another"
+        )
+    bare = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and _is_bare(model, n, p)]
+    for name, parameter in bare[:1]:
+        shown = f"{name} {tuple(parameter.shape)}"
+        yield f"{shown} is a bare parameter: if it is a router, put mg.GeometricRouter(in_features, num_experts) there"
+
+
+def _is_bare(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter may be a router that the module around it multiplies by hand."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    named = any(word in leaf.lower() for word in _LINEAR_NAMES)
+    return _is_called_router(owner) or (named and not _expert_counts(owner).isdisjoint(parameter.shape))

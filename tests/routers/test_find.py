@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moegeo_router import GeometricRouter, find_routers, geometrize
+from moegeo_router import GeometricRouter, RouterFamily, find_routers, geometrize
 
 D, E = 6, 4
 
@@ -95,6 +95,36 @@ def test_finding_none_says_what_was_looked_for_and_what_is_there():
         geometrize(nn.Sequential(nn.ReLU()), select="*.gate")
     with pytest.raises(ValueError, match=r"looked for select=\[\]"):
         geometrize(model, select=[])
+
+
+def test_finding_none_says_what_a_router_with_several_linear_layers_needs():
+    """As makeMoE's, whose noise has a layer of its own, as wide as the experts."""
+    noisy = of_class("NoisyTopkRouter", topkroute_linear=linear(), noise_linear=linear())
+    model = nn.Sequential(block(router=noisy, experts=experts()))
+    with pytest.raises(ValueError, match=r"0\.router \(NoisyTopkRouter\) has several linear layers") as error:
+        find_routers(model)
+    assert "(topkroute_linear, noise_linear)" in str(error.value)
+    assert "select=mg.RouterFamily(router='NoisyTopkRouter', projection='topkroute_linear')" in str(error.value)
+    family = RouterFamily(router="NoisyTopkRouter", projection="topkroute_linear")
+    assert find_routers(model, family)[0].projection is noisy.topkroute_linear
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (block(w_gate=nn.Parameter(torch.randn(D, E)), experts=experts()), r"w_gate \(6, 4\)"),
+        (block(moe=of_class("MyRouter", kernel=nn.Parameter(torch.randn(D, E)))), r"moe\.kernel \(6, 4\)"),
+    ],
+)
+def test_finding_none_says_what_a_bare_parameter_needs(model, name):
+    with pytest.raises(ValueError, match=rf"{name} is a bare parameter: .* put mg\.GeometricRouter\("):
+        find_routers(model)
+
+
+def test_a_gated_mlp_is_no_bare_router():
+    model = block(mlp=block(w_gate=nn.Parameter(torch.randn(D, 3 * D)), experts=experts()))
+    with pytest.raises(ValueError, match=r'my_gate"$'):
+        find_routers(model)
 
 
 def test_every_selector_must_select():
