@@ -220,9 +220,9 @@ class NaturalRule:
         self._peak, self._climbs = peak, self._climbs + 1
         if self._climbs == CLIMBS:
             warnings.warn(
-                f"the learning rate of a group of routers has passed all that was known of its peak {CLIMBS} times: all "
-                "of the way up, natural steps are as long as at the peak. Attach while the group has its peak learning "
-                "rate, leave the schedule to a scheduler of torch, or set group['max_lr']",
+                f"the learning rate of a group of routers has passed all that was known of its peak {CLIMBS} times: "
+                "all of the way up, natural steps are as long as at the peak. Attach while the group has its peak "
+                "learning rate, leave the schedule to a scheduler of torch, or set group['max_lr']",
                 stacklevel=2,
             )
 
