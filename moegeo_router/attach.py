@@ -188,7 +188,8 @@ class Geometry:
             mask: (...) bool, True where a token counts.
             x: (..., D) the router's input.
             gates: (..., K) weights of the chosen experts.
-            output: (..., D) the block's output.
+            output: (..., D) the block's output, the very tensor that it returns: a view or a copy that nothing is
+                computed from gets no gradient (a warning says so).
             domains: (...) int64 domain of each token.
             sequences: (...) int64 sequence of each token.
 

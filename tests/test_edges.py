@@ -234,6 +234,39 @@ def test_traces_that_a_recorded_layer_cannot_have_are_said(fisher):
         geometry.record("a", torch.randn(3, E), torch.zeros(3, 1, dtype=torch.long))
 
 
+@pytest.mark.parametrize("way", ["view", "copy", "detached"])
+def test_a_recorded_output_that_no_gradient_reaches_is_said_once(way):
+    """What is recorded looks like the output, but the loss is computed from another tensor."""
+    model, x = build(), batch()
+    geometry = mg.attach(model, config=mg.GeometryConfig(hooks=False, on_error="raise"))
+
+    def backward(recorded) -> dict[str, float]:
+        for i, block in enumerate(model.blocks):
+            logits, gates, ids = block.router(x)
+            y = x + block.experts(x.reshape(-1, D), ids, gates).view_as(x)
+            geometry.record(f"layer{i}", logits, ids, gates=gates, output=recorded(y))
+            y.square().mean().backward()
+        return geometry.metrics()
+
+    wrong = {"view": lambda y: y.view(-1, D), "copy": torch.clone, "detached": torch.detach}[way]
+    with pytest.warns(UserWarning, match=r"layer layer0: gradients reach its logits, but not the output") as caught:
+        assert "geometry/fhs" not in backward(wrong)
+    assert len(caught) == 1
+    assert "geometry/fhs" not in backward(wrong)  # a second warning would be an error
+    assert backward(lambda y: y)["geometry/fhs"] > 0
+
+
+def test_a_recorded_output_is_not_missed_where_nothing_is_trained():
+    model, x = build(), batch()
+    geometry = mg.attach(model, config=mg.GeometryConfig(hooks=False, on_error="raise"))
+    for with_graph in (True, False):
+        with torch.set_grad_enabled(with_graph):
+            logits, gates, ids = model.blocks[0].router(x)
+            y = x + model.blocks[0].experts(x.reshape(-1, D), ids, gates).view_as(x)
+        geometry.record("layer0", logits, ids, gates=gates, output=y)
+        assert geometry.metrics()["geometry/fsi"] > 0
+
+
 def test_states_that_do_not_fit():
     def stepped() -> tuple[Model, mg.Geometry]:
         model = build(LinearGateBlock)

@@ -103,14 +103,23 @@ def taps_of(
     return taps
 
 
-def estimator_of(tap: LayerTap | None, config: GeometryConfig, add: AddTraces, failed: Failed) -> TraceEstimator:
+def estimator_of(
+    tap: LayerTap | None, config: GeometryConfig, add: AddTraces, failed: Failed, lost: Callable[[], None]
+) -> TraceEstimator:
     """Return the estimator of Fisher traces for one layer; without a tap (a recorded layer) ``outputs`` or none.
+
+    Args:
+        tap: the layer's tap, None if it is recorded.
+        config: of the ``attach``.
+        add: what receives the traces.
+        failed: what is done with an error.
+        lost: told when no gradient reaches the output that was recorded (a tap takes the block's very own).
 
     Raises:
         ValueError: the experts are not found, or the estimator cannot see inside them.
     """
     if config.fisher == "outputs":
-        return OutputTraces(add, config.loss, config.routing.gates, failed)
+        return OutputTraces(add, config.loss, config.routing.gates, failed, lost if tap is None else None)
     if config.fisher is None or tap is None:
         return NoTraces()
     site, experts = tap.site, tap.experts

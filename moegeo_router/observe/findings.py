@@ -69,6 +69,14 @@ class Findings:
             why = "which looks inside the experts of a model with hooks: take fisher='outputs' and record(output=...)"
             self._say("recorded", f"layer {layer} is recorded: no FHS by {self._config.fisher}, {why}")
 
+    def lost(self, layer: str) -> None:
+        """Say that the gradient of a recorded output never comes."""
+        self._say(
+            "lost",
+            f"layer {layer}: gradients reach its logits, but not the output that was recorded: no FHS by outputs; give "
+            "record(output=...) the very tensor that the block returns, not a view or a copy of it",
+        )
+
     def unseen(self, layers: Sequence[str]) -> None:
         """Say that routers were trained without being seen."""
         if layers:

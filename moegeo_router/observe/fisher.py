@@ -77,16 +77,29 @@ class OutputTraces:
         loss: whether the loss is a mean over tokens or a sum.
         gates_scale: what the gates multiply; ``"input"`` (Llama 4) leaves g² out.
         failed: what is done with an error of the hooks.
+        lost: called before a step if gradients have reached the logits, but never the output. None: nobody asks.
     """
 
-    def __init__(self, add: AddTraces, loss: LossScale, gates_scale: GatesScale, failed: Failed) -> None:
-        self._add, self._loss, self._gates_scale, self._failed = add, loss, gates_scale, failed
+    def __init__(
+        self,
+        add: AddTraces,
+        loss: LossScale,
+        gates_scale: GatesScale,
+        failed: Failed,
+        lost: Callable[[], None] | None = None,
+    ) -> None:
+        self._add, self._loss, self._gates_scale, self._failed, self._lost = add, loss, gates_scale, failed, lost
+        self._reached_logits = self._reached_output = False
 
     def forward(self, seen: LayerForward) -> None:
         """Hook the gradient of the block's output; nothing where there is none, or no gates."""
-        if seen.output is None or not seen.output.requires_grad or seen.ids is None or seen.gates is None:
+        if seen.output is None or seen.ids is None or seen.gates is None:
             return
         if not seen.size:  # no token: gates (0, -1) have no shape
+            return
+        if self._lost is not None and not self._reached_output and seen.logits.requires_grad:
+            seen.logits.register_hook(Hook(self._reaches_logits, self._failed))
+        if not seen.output.requires_grad:
             return
         g_TK = seen.gates.detach().reshape(seen.size, -1).double()
         if self._gates_scale == "input":
@@ -97,10 +110,15 @@ class OutputTraces:
         seen.output.register_hook(Hook(gradient, self._failed))
 
     def before_step(self) -> None:
-        """Nothing: the backward pass has shown everything."""
+        """Tell if the output's gradient was waited for in vain."""
+        if self._lost is not None and self._reached_logits and not self._reached_output:
+            self._lost()
 
     def remove(self) -> None:
         """Nothing: hooks on tensors go with their graph."""
+
+    def _reaches_logits(self, gradient: Tensor | None) -> None:
+        self._reached_logits = True
 
     def _gradient(
         self,
@@ -113,6 +131,7 @@ class OutputTraces:
     ) -> None:
         if gradient is None:  # from a function that sends nothing back
             return
+        self._reached_output = True
         signal_T = _squared_norms(gradient.reshape(len(ids_TK), -1))
         signal_TK = kept(g_TK.square() * signal_T.unsqueeze(-1), mask_T)
         traces_E = signal_T.new_zeros(num_experts).index_add(0, ids_TK.reshape(-1).long(), signal_TK.reshape(-1))

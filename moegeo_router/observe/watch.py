@@ -190,7 +190,8 @@ class Watch(Pausable):
         self._taps = []
 
     def _estimator(self, layer: str, tap: LayerTap | None) -> TraceEstimator:
-        return estimator_of(tap, self._config, partial(self._add_traces, layer), partial(self._fail, layer))
+        add, failed, lost = (partial(call, layer) for call in (self._add_traces, self._fail, self._findings.lost))
+        return estimator_of(tap, self._config, add, failed, lost)
 
     def _add_traces(self, layer: str, traces_E: Tensor) -> None:
         if self._config.grad_scaler is not None and self._config.fisher != "minibatch":
