@@ -36,6 +36,7 @@ class Tokens:
         domains: the domain of each token.
         shape: (B, L) of the model's input.
         trained: whether the forward leaves a graph: one under ``no_grad`` is no training.
+        given: which of these ``geometry.tokens(...)`` said, not the model's arguments.
     """
 
     mask: Tensor | None = None
@@ -44,6 +45,7 @@ class Tokens:
     domains: Tensor | None = None
     shape: tuple[int, int] | None = None
     trained: bool = True
+    given: frozenset[str] = frozenset()
 
     def of_encoder(self, tokens: int) -> dict[str, Tensor | None]:
         """Return ``mask``, ``domains`` and ``sequences`` (T,) for the T tokens that a layer saw.
@@ -51,11 +53,8 @@ class Tokens:
         Raises:
             ValueError: a mask, segments or domains for another number of tokens.
         """
-        try:
-            mask = flat_tokens(self.mask, tokens, "attention_mask")
-        except ValueError as error:
-            raise ValueError(f"{error}: pass the mask with geometry.tokens(mask=...) or record(mask=...)") from None
-        segments = flat_tokens(self.segments, tokens, "segment_ids")
+        mask = self._flat("mask", "attention_mask", tokens)
+        segments = self._flat("segments", "segment_ids", tokens)
         if mask is None and segments is not None:
             mask = segments > 0
         domains = flat_tokens(self.domains, tokens, "domains")
@@ -68,6 +67,14 @@ class Tokens:
             "mask": flat_tokens(self.decoder_mask, tokens, "decoder_attention_mask"),
             "domains": flat_tokens(by_row, tokens, "domains"),
         }
+
+    def _flat(self, name: str, argument: str, tokens: int) -> Tensor | None:
+        if name in self.given:
+            return flat_tokens(getattr(self, name), tokens, f"geometry.tokens({name}=...)")
+        try:
+            return flat_tokens(getattr(self, name), tokens, argument)
+        except ValueError as error:
+            raise ValueError(f"{error}: pass the {name} with geometry.tokens({name}=...)") from None
 
     def _sequences(self, segments: Tensor | None, tokens: int) -> Tensor | None:
         if self.shape is None or self.shape[0] * self.shape[1] != tokens:
@@ -110,7 +117,7 @@ class TokenTap:
         self._begins, self._sequences, self._active = begins, sequences, active
         names = {part for name, _ in peft.modules_in_use(model) for part in name.split(".")}
         self._two_sides = {"encoder", "decoder"} <= names
-        self._given: dict[str, Tensor | None] = {}
+        self._given: dict[str, Any] = {}
         self._running: list[Tokens] = []
         self._modules: list[nn.Module] = []
         #: By layer, what checkpointing may run again: an encoder's tokens are not those of the decoder that ran last.
@@ -134,7 +141,8 @@ class TokenTap:
     @contextmanager
     def given(self, **tokens: Tensor | None) -> Iterator[None]:
         """Say what the tokens of the forwards inside are: ``mask``, ``segments``, ``domains``."""
-        before, self._given = self._given, {name: value for name, value in tokens.items() if value is not None}
+        before, known = self._given, {name: value for name, value in tokens.items() if value is not None}
+        self._given = known | {"given": frozenset(known)}
         try:
             yield
         finally:
@@ -158,7 +166,7 @@ class TokenTap:
         """
         known = self._latest.get(layer) if recomputed else self._running[-1] if self._running else None
         if known is None:
-            known = replace(Tokens(), **self._given)  # type: ignore[arg-type]
+            known = Tokens(**self._given)
         if not recomputed:
             self._latest[layer] = known
         decoder = self._two_sides and "decoder" in layer.split(".")
@@ -188,7 +196,8 @@ class TokenTap:
 
     def _found(self, arguments: Mapping[str, Any], outer: Tokens) -> dict[str, Any]:
         mask, segments = _matrix(arguments.get("attention_mask")), _matrix(arguments.get("segment_ids"))
-        if segments is None and mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
+        whole = mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool
+        if segments is None and whole and "mask" not in self._given:  # what is given may be for other tokens
             segments = mask
         decoder_mask = _matrix(arguments.get("decoder_attention_mask"))
         found = {

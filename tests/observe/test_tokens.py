@@ -122,6 +122,34 @@ def test_values_that_do_not_fit(values):
         flat_tokens(values, 5, "domains")
 
 
+@pytest.mark.parametrize(
+    ("given", "called_with", "message"),
+    [
+        ({"mask": torch.ones(3, L)}, {}, r"^geometry\.tokens\(mask=\.\.\.\) \(3, .* a router saw$"),
+        ({"segments": torch.ones(3, L)}, {}, r"^geometry\.tokens\(segments=\.\.\.\) \(3, .* a router saw$"),
+        (
+            {},
+            {"attention_mask": torch.ones(3, L)},
+            r"^attention_mask \(3, .* with geometry\.tokens\(mask=",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_called_by_who_gave_it(given, called_with, message):
+    model = build()
+    geometry = watch(model)
+    with geometry.tokens(**given), pytest.raises(ValueError, match=message):
+        model(batch(), **called_with)
+
+
+def test_a_mask_that_is_given_outranks_an_attention_mask_of_whole_numbers():
+    """It may be that of the text alone, where the routers also see an image's tokens."""
+    model, mask = build(), padding("left").bool()
+    geometry = watch(model)
+    with geometry.tokens(mask):
+        model(batch(), attention_mask=torch.ones(8, L - 1, dtype=torch.long))
+    assert geometry.metrics()["geometry/fsi"] == pytest.approx(fsi_of(model, geometry, batch(), mask), abs=1e-9)
+
+
 def test_a_copy_of_a_watched_model_is_not_watched():
     """Averages of weights and saved models must not drag the watching along, nor be counted."""
     model = build()
