@@ -177,6 +177,9 @@ def skeleton(source: str) -> Any:
 
 
 def _built(transformers: Any, source: str) -> Any:
+    # Names of models have one slash at most: transformers would complain of the rest as names.
+    if (source.startswith(("/", "./", "../")) or source.count("/") > 1) and not Path(source).exists():
+        raise OSError(f"there is no such folder: {source}")
     # A model's own code is never run, nor is anyone asked whether it may be.
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]

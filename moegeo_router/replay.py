@@ -25,11 +25,11 @@ KINDS = ("alert", "action", "outcome")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay a log; the exit status is 1 where the decisions differ from the log's, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m moegeo_router.replay", description=__doc__.splitlines()[0])
-    parser.add_argument("log", type=Path, help="metrics.jsonl of a run")
+    parser.add_argument("log", type=Path, help="metrics.jsonl of a run, or its folder")
     parser.add_argument("--config", type=Path, metavar="OTHER", help="JSON: fields of ControlConfig, and mode")
     options = parser.parse_args(arguments)
     try:
-        rows = read_jsonl(options.log)
+        rows = read_jsonl(options.log / "metrics.jsonl" if options.log.is_dir() else options.log)
         other = None if options.config is None else json.loads(options.config.read_text())
         events = list(replay(rows, other))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -208,6 +208,11 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "cannot be served" in line
 
 
+@pytest.mark.parametrize("start", ["/no", "./no", "../no", "no/such"])
+def test_a_folder_that_is_not_there_is_not_taken_for_a_name(start, capsys):
+    assert refused(f"{start}/folder", capsys=capsys) == f"error: there is no such folder: {start}/folder\n"
+
+
 def test_without_transformers_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'moegeo-router[transformers]'" in refused(str(tmp_path), capsys=capsys)

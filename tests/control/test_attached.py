@@ -114,6 +114,7 @@ def test_acting_balances_a_collapsed_layer_and_the_log_replays_to_the_same(tmp_p
     acted, left = (g.metrics()["geometry/fsi_load"] for g in (geometry, geometry_alone))
     assert acted < left - 0.1
     assert replay.main([str(tmp_path / "metrics.jsonl")]) == 0
+    assert replay.main([str(tmp_path)]) == 0  # the run's folder
     assert f"{len(decided(events))} events, the same as in the log" in capsys.readouterr().out
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"mode": "observe", "thresholds": {"fsi": {"warning": 0.99, "critical": 1.0}}}))
@@ -135,6 +136,9 @@ def test_a_log_that_was_changed_is_told(tmp_path, capsys):
     assert replay.main([str(tmp_path / "empty.jsonl")]) == 2
     assert replay.main([str(tmp_path / "none.jsonl")]) == 2
     assert "no readings of a controller" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert replay.main([str(tmp_path / "folder")]) == 2
+    assert "folder/metrics.jsonl" in capsys.readouterr().err
 
 
 def test_a_broken_step_is_not_taken_and_nothing_else_is_lost():
