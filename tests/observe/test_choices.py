@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moegeo_router as mg
+from moegeo_router.observe import choices
 
 D, T = 8, 64
 
@@ -118,6 +119,24 @@ def test_of_several_tensors_the_gates_are_those_that_the_logits_explain(first):
     found = trained(block, geometry, x)
     geometry.detach()
     assert found["geometry/fhs"] == pytest.approx(heterogeneity(block, x), rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [dispatch, all_chosen])
+def test_values_are_looked_at_once(outputs, monkeypatch):
+    """Each look waits for an accelerator."""
+    looked = []
+
+    def counting(*arguments: object) -> int | None:
+        looked.append(arguments)
+        return choose(*arguments)
+
+    choose = choices._choose
+    monkeypatch.setattr(choices, "_choose", counting)
+    block = Block(4, outputs, ordered if outputs is all_chosen else lambda logits, combine, mask: combine)
+    geometry = watch(block, top_k=None if outputs is all_chosen else 1)
+    for tokens in (0, T, T, T):
+        trained(block, geometry, torch.randn(tokens, D))
+    assert len(looked) == 2  # one without tokens, one with them
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
