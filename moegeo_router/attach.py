@@ -125,7 +125,7 @@ class Geometry:
                 regularization=self._regularization,
                 paused=self.pause,
             )
-        except ValueError:
+        except BaseException:
             self.detach()  # what could not be attached leaves no hooks behind
             raise
 

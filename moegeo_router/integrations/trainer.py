@@ -23,7 +23,7 @@ from ..control.loop import tell
 from ..loggers import Logger, MultiLogger
 from ..losses import Regularizers
 from ..observe.build import unwrapped
-from ..routers.convert import geometrize
+from ..routers.convert import geometrize_sites
 from ..routers.find import RouterSite, find_routers
 from ..routers.tag import take_off_manifold
 from ..version import __version__
@@ -243,10 +243,9 @@ class MoEGeometryCallback(TrainerCallback):
             warnings.warn(f"the routers {', '.join(frozen)} are frozen: they are watched, not stepped", stacklevel=2)
         if config.step is None:
             return
-        plain = [s for s in sites if s.weight.requires_grad and getattr(s.weight, "manifold", None) is None]
-        if plain:
-            geometrize(model, self._manifold, select=[site.module for site in plain])
-        self._tagged = plain
+        self._tagged = [s for s in sites if s.weight.requires_grad and getattr(s.weight, "manifold", None) is None]
+        if self._tagged:
+            geometrize_sites(model, self._tagged, self._manifold)
 
 
 def _checked(config: GeometryConfig | None, manifold: str, watch: bool) -> GeometryConfig:

@@ -74,7 +74,7 @@ class Watch(Pausable):
         try:
             for tap in self._taps:
                 self._estimators[tap.site.name] = self._estimator(tap.site.name, tap)
-        except ValueError:
+        except BaseException:
             self.unhook()  # what could not be watched keeps no hooks
             raise
 

@@ -59,10 +59,18 @@ def geometrize(
             changed.
     """
     sites = find_routers(model, select)
+    geometrize_sites(model, sites, manifold, allow_change=allow_change)
+    return sites
+
+
+def geometrize_sites(
+    model: nn.Module, sites: list[RouterSite], manifold: ManifoldName, *, allow_change: bool = False
+) -> None:
+    """Do what ``geometrize`` does with routers of ``model`` that were found already."""
     refuse_sharded(model, sites)
     _check_convertible(sites, manifold, allow_change)
     if not any(manifold_of(site.weight) for site in sites):
-        warn_of_untested(model, stacklevel=2)
+        warn_of_untested(model, stacklevel=3)
     temperatures: dict[Tensor, nn.Parameter] = {}  # routers that share a weight share its temperature
     for site in sites:
         if manifold == "sphere" and type(site.module) is nn.Linear:
@@ -74,7 +82,6 @@ def geometrize(
             put_on_manifold(site.weight, manifold, seed=seed, allow_change=allow_change)
         if manifold == "polar":
             _warn_of_zero_rows(site)
-    return sites
 
 
 def export(model: nn.Module, *, allow_change: bool = False) -> nn.Module:
@@ -164,7 +171,7 @@ def _warn_of_zero_rows(site: RouterSite) -> None:
         warnings.warn(
             f"router {site.name}: {zero_rows} of {site.num_experts} rows are zero; a zero row has no direction, "
             "so each gets a small random one at its first step",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -18,9 +18,11 @@ from tests.support.trainer import (  # noqa: E402
     STRONG,
     AtStep,
     apart,
+    as_found,
     build,
     examples,
     gates,
+    hooks,
     lines,
     trainer,
     weights,
@@ -257,20 +259,6 @@ def test_a_run_that_is_watched_is_the_same(tmp_path, config, watch):
         assert {name: value for name, value in one.items() if not name.startswith("geometry/")} == other
         assert one["geometry/fsi"] > 0
         assert "geometry/movement" not in one
-
-
-def hooks(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-def as_found(run: Any) -> None:
-    assert hooks(run.model) == 0
-    assert all(type(parameter) is nn.Parameter for parameter in run.model.parameters())
-    optimizer = run.optimizer.optimizer
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    assert not {"training_step", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"} & set(vars(run))
 
 
 def test_nothing_is_left_behind_and_train_can_be_called_again(tmp_path):

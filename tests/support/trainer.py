@@ -99,6 +99,21 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def as_found(run: Any) -> None:
+    """Check that a run has left the model, the optimizer and the trainer as they were."""
+    assert hooks(run.model) == 0
+    assert all(type(parameter) is nn.Parameter for parameter in run.model.parameters())
+    optimizer = run.optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert not {"training_step", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"} & set(vars(run))
+
+
 def lines(trainer: Trainer) -> list[dict[str, Any]]:
     """The training's lines of the log."""
     return [line for line in trainer.state.log_history if "loss" in line]
