@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..attach import Geometry, attach
 from ..config import GeometryConfig
 from ..control.loop import tell
-from ..loggers import Logger, MultiLogger
+from ..loggers import Logger
 from ..losses import Regularizers
 from ..observe.build import unwrapped
 from ..routers.convert import geometrize_sites
@@ -36,6 +36,7 @@ except ImportError as error:
         "MoEGeometryCallback needs transformers and accelerate: pip install 'moegeo-router[transformers]'"
     ) from error
 
+from .trainer_log import LoggerOfStep, RunLog
 from .trainer_weights import WholeCheckpoints
 
 FORMAT = 1
@@ -65,12 +66,14 @@ class MoEGeometryCallback(TrainerCallback):
         logger: gets the controller's readings, alerts and actions, and the pictures of ``config.pictures_every``, from
             the first process, with the Trainer's steps; one that fails is dropped with a warning. It is not closed.
             ``WandbLogger.of(run, step_metric="train/global_step")`` writes them to the run that the Trainer reports to.
+            Or a function that makes one when training begins, of the step that it goes on from, None for a new run
+            (``lambda step: JSONLLogger("run.jsonl", resume_step=step)``); that one is closed when ``train()`` ends.
 
     Attributes:
         geometry: what ``attach`` returned (``limit_speed``, ``events`` …) while ``train()`` runs, else None.
 
     Raises:
-        TypeError: no trainer, or something else in its place.
+        TypeError: no trainer, or something else in its place; no logger.
         ValueError: an unknown manifold; a sharded model, several devices in one process, or an optimizer that steps
             inside of the backward pass; options that the Trainer or ``watch`` rules out.
 
@@ -87,18 +90,18 @@ class MoEGeometryCallback(TrainerCallback):
         *,
         manifold: Literal["polar", "euclidean"] = "polar",
         watch: bool = False,
-        logger: Logger | None = None,
+        logger: Logger | LoggerOfStep | None = None,
     ) -> None:
         if not isinstance(trainer, Trainer):
             got = "" if trainer is None else f", got {type(trainer).__name__}"
             raise TypeError(f"MoEGeometryCallback takes the trainer that it is added to{got}: {_HOW}")
         self._config = _checked(config, manifold, watch)
+        self._log = RunLog(logger)
         if self._config.pictures_every and logger is None:
             raise ValueError("pictures_every needs a logger that takes pictures: MoEGeometryCallback(..., logger=...)")
         _refuse(trainer)
         self.geometry: Geometry | None = None
         self._trainer, self._manifold, self._watch = trainer, manifold, watch
-        self._logger = None if logger is None else MultiLogger([logger])  # drops one that fails
         self._running = False
         self._resumed: str | None = None
         self._tagged: list[RouterSite] = []
@@ -121,14 +124,17 @@ class MoEGeometryCallback(TrainerCallback):
         self.geometry = attach(model, self._trainer.optimizer, config)
         if self._resumed is not None:
             self._restore(self.geometry, Path(self._resumed))
+        if state.is_world_process_zero:
+            self._log.begin(state.global_step, resumed=self._resumed is not None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what the controller saw and did, and the pictures, to the logger if there is one."""
-        if self.geometry is None or self._logger is None or not state.is_world_process_zero:
+        logger = self._log.logger
+        if self.geometry is None or logger is None or not state.is_world_process_zero:
             return
-        for event in self.geometry.log_control(self._logger, state.global_step):
+        for event in self.geometry.log_control(logger, state.global_step):
             tell(event)
-        self.geometry.log_pictures(self._logger, state.global_step)
+        self.geometry.log_pictures(logger, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the scalars of the last step to the logs of the training (not to those of evaluations or of its end)."""
@@ -165,12 +171,15 @@ class MoEGeometryCallback(TrainerCallback):
             **WholeCheckpoints(trainer).around(),
         }
         with _first(trainer, self), _around(trainer, own):
-            self._running, self._resumed = True, None
+            self._running, self._resumed, exit_code = True, None, 1
             try:
-                return train(*args, **kwargs)
+                result = train(*args, **kwargs)
+                exit_code = 0
+                return result
             finally:
                 self._running = False
                 self.detach()
+                self._log.end(exit_code)
 
     def _training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = training_step(*args, **kwargs)

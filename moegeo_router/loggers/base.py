@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from numbers import Real
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 RESERVED_KEYS = frozenset({"step", "time", "event", "non_finite", "histogram", "heatmap"})
 """Keys that a logger writes itself beside the caller's."""
@@ -26,6 +26,7 @@ ALERT_KEYS = frozenset({"title", "text", "level"})
 """Keys under which an alert's row holds what a person reads, beside the caller's fields."""
 
 
+@runtime_checkable
 class Logger(Protocol):
     """What a training loop needs of a log: numbers, distributions, things that happened, and an end."""
 

@@ -71,12 +71,17 @@ def no_control(*args: object, **options: object) -> None:
     raise RuntimeError("no control")
 
 
+def no_log(step: int | None) -> mg.loggers.Logger:
+    raise OSError("no log")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"config": mg.GeometryConfig(top_k=99)}, ValueError, "top_k=99"),
         ({}, RuntimeError, "no control"),
         ({}, UserWarning, "1 of 4 rows are zero"),
+        ({"logger": no_log}, OSError, "no log"),
     ],
 )
 def test_a_run_that_cannot_begin_leaves_the_model_as_it_was(tmp_path, monkeypatch, options, error, message):
