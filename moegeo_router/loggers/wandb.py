@@ -116,8 +116,9 @@ class WandbLogger:
             run: from ``wandb.init``.
             step_metric: the key of the run's x axis, if its charts have one ("train/global_step" in the Trainer of
                 transformers): every row is then written with it. None: what is written joins the row that the caller
-                writes next, or the one of the caller's newest ``step=``, so that steps which the caller counts stay
-                right.
+                writes next, or the one of the caller's newest ``step=``; where a later step comes before any row of the
+                caller, the former becomes a row of its own. So nothing is lost, and steps stay right which the caller
+                counts like those here; a caller whose ``step=`` counts fewer (epochs) needs an axis.
 
         Raises:
             TypeError: no run of wandb.
@@ -134,12 +135,27 @@ class WandbLogger:
         self.run_id: str = run.id
         self._table: Table | None = None
         self._parts = 0
+        # Step and wandb's row counter of what was written last; a run that several processes share has no counter.
+        self._open: tuple[int, int] | None = None
+        self._counted = run.settings.mode != "shared"
 
     def _write(self, row: Mapping[str, object], step: int) -> None:
-        if self._step_metric is None:
-            self._run.log(dict(row), commit=False)
-        else:
+        if self._step_metric is not None:
             self._run.log({self._step_metric: step, **row})
+            return
+        if self._counted:
+            self._end_row_before(step)
+        self._run.log(dict(row), commit=False)
+
+    def _end_row_before(self, step: int) -> None:
+        """End the row of an earlier step if the caller has not: what has the same key would take its place."""
+        if self._open is not None and step <= self._open[0]:
+            return
+        count = self._run.step
+        if self._open is not None and count == self._open[1]:
+            self._run.log({}, commit=True)
+            count += 1
+        self._open = step, count
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row of numbers (see ``Logger.log``)."""
