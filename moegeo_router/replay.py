@@ -77,15 +77,20 @@ def replay(rows: Sequence[Mapping[str, Any]], other: Mapping[str, Any] | None = 
 
 
 def differences(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> list[str]:
-    """Return in what the events of a replay differ from those in the log."""
-    logged = [f"step {row['optimizer_step']}  {row['text']}" for row in rows if row.get("event") in KINDS]
-    replayed = [f"step {event.step}  {event.line}" for event in events]
-    if logged == replayed:
-        return []
-    at = next((i for i, pair in enumerate(zip(logged, replayed, strict=False)) if pair[0] != pair[1]), None)
-    if at is None:
-        return [f"the log has {len(logged)} events, the replay {len(replayed)}"]
-    return [f"event {at + 1} differs:", f"  log:    {logged[at]}", f"  replay: {replayed[at]}"]
+    """Return in what the events of a replay differ from those in the log, however either puts them in words."""
+    logged = [row for row in rows if row.get("event") in KINDS]
+    for number, (row, event) in enumerate(zip(logged, events, strict=False), start=1):
+        if not _agree(row, event):
+            log, own = f"step {row['optimizer_step']}  {row['text']}", f"step {event.step}  {event.line}"
+            return [f"event {number} differs:", f"  log:    {log}", f"  replay: {own}"]
+    if len(logged) != len(events):
+        return [f"the log has {len(logged)} events, the replay {len(events)}"]
+    return []
+
+
+def _agree(row: Mapping[str, Any], event: Event) -> bool:
+    """Return whether a row says of an event what is known of it; a log may know more (what was done), or less."""
+    return row["event"] == event.kind and all(row.get(name, value) == value for name, value in event.fields.items())
 
 
 def _key(row: Mapping[str, Any]) -> tuple[int, str, str]:

@@ -37,6 +37,13 @@ class Event:
     line: str
     detail: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a log has of it beside title, line and level, whose names are taken there."""
+        own = {("severity" if name == "level" else name): value for name, value in self.detail.items()}
+        own = {name: value for name, value in own.items() if name not in ("step", "line")}
+        return own | {"optimizer_step": self.step, "layer": self.layer}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

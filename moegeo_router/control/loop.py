@@ -244,11 +244,7 @@ class ControlLoop:
             logger.record("reading", self._readings.popleft().to_fields(), step)
         events = self.events()
         for event in events:
-            detail = {("severity" if key == "level" else key): value for key, value in event.detail.items()}
-            step_of = detail.pop("step", event.step)
-            detail.pop("line", None)
-            fields = detail | {"optimizer_step": step_of, "layer": event.layer}
-            logger.alert(event.kind, event.title, event.line, event.level, fields, step)
+            logger.alert(event.kind, event.title, event.line, event.level, event.fields, step)
         return events
 
     def state(self) -> dict[str, Any]:

@@ -241,14 +241,16 @@ class Signals:
             before = track.level
             track.update(values[metric], step, row)
             if track.level != before:
-                alerts.append(_alert(step, layer, row, track))
+                alerts.append(_alert(step, layer, row, track, before))
         return alerts
 
 
-def _alert(step: int, layer: str, row: Threshold, track: Track) -> Alert:
+def _alert(step: int, layer: str, row: Threshold, track: Track, before: int) -> Alert:
     value, bound = track.fast.value, row.critical if track.level == CRITICAL else row.warning
     name = f"{row.metric} {value:.3g}"
-    if track.level == CALM:
+    if track.level == CALM and before == DRIFT:  # which need not be better than where it began
+        what = f"{name} no longer drifts towards {bound:g}"
+    elif track.level == CALM:
         what = f"{name} is well again (bound {row.warning:g})"
     elif track.level == DRIFT:
         what = (

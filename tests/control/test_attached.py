@@ -130,8 +130,19 @@ def test_a_log_that_was_changed_is_told(tmp_path, capsys):
     logger.close()
     rows = read_jsonl(path)
     at = next(i for i, row in enumerate(rows) if row.get("event") == "alert")
-    rows[at]["text"] = "something else"
-    assert replay.differences(rows, list(replay.replay(rows)))[0] == "event 1 differs:"
+    events = list(replay.replay(rows))
+    rows[at]["text"] = "in other words"
+    assert replay.differences(rows, events) == [], "the words of another version"
+    for changed in (
+        {"severity": "calm"},
+        {"optimizer_step": 7},
+        {"value": 0.5},
+        {"metric": "fhs"},
+        {"event": "action"},
+    ):
+        other = [*rows[:at], rows[at] | changed, *rows[at + 1 :]]
+        assert replay.differences(other, events)[0] == "event 1 differs:"
+    assert "the replay" in replay.differences(rows, events[:-1])[0]
     (tmp_path / "empty.jsonl").write_text('{"step": 1}\n')
     assert replay.main([str(tmp_path / "empty.jsonl")]) == 2
     assert replay.main([str(tmp_path / "none.jsonl")]) == 2

@@ -59,6 +59,18 @@ def test_an_alert_says_on_which_side_of_its_bounds_a_metric_is():
     ]
 
 
+def test_a_drift_that_stops_short_of_the_warning_is_not_called_well():
+    noise = random.Random(0)
+    values = [0.05 + 0.001 * min(max(0, t - 100), 130) + noise.gauss(0, 0.01) for t in range(500)]
+    events = run(controller("observe"), [reading(step, fsi=fsi) for step, fsi in enumerate(values, start=1)])
+    began, ended = events
+    assert began.line.startswith(f"expert collapse: gate fsi {began.detail['value']:.3g} drifts towards 0.25, by +")
+    said = f"expert collapse: gate fsi {ended.detail['value']:.3g} no longer drifts towards 0.25, average over 20 steps"
+    assert ended.line == said
+    assert began.detail["value"] < ended.detail["value"] < 0.25
+    assert (ended.level, ended.detail["level"]) == ("info", "calm")
+
+
 def test_what_helped_is_kept_and_taken_back_when_all_is_well_for_long():
     made = controller(release_after=50)
     readings = [reading(step, fsi=0.9) for step in range(1, 55)]
