@@ -14,14 +14,11 @@ from .config import Scope
 from .interventions import divide_logits
 from .plant import Applied, Intervention, Order, Plant
 
-#: What a router's step has in common with those of the routers it is stepped with: it cannot go back alone.
+#: What a natural step has in common with those of the routers that are stepped with it: it cannot go back alone.
 SHARED = ("step", "window", "peak")
 
 #: What others set in it.
 SETTINGS = ("limit",)
-
-#: Averages of Riemannian Adam, and where their decay is among ``betas``.
-MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1}
 
 
 class Snapshots:
@@ -140,13 +137,9 @@ class Snapshots:
             if saved[name]["fell_back"] != now["fell_back"]:
                 continue  # Riemannian Adam cannot go on from the state of a natural step
             state[name] = _placed(saved[name], now) | {key: now[key] for key in SETTINGS if key in now}
-            if self._scope != "everything":
-                state[name] |= _among_others(state[name], now, self._betas(self._plant.sites[name].weight))
+            if self._scope != "everything" and "moments" not in now:  # Riemannian Adam counts each router's own steps
+                state[name] |= {key: now[key] for key in SHARED if key in now}
         return state
-
-    def _betas(self, weight: Tensor) -> Sequence[float]:
-        groups = [group for optimizer in self._plant.optimizers for group in optimizer.param_groups]
-        return next(g.get("betas", (0.9, 0.999)) for g in groups if any(p is weight for p in g["params"]))
 
 
 class Rollback(Intervention):
@@ -216,24 +209,3 @@ def _placed(saved: Any, like: Any) -> Any:
     if isinstance(saved, dict):
         return {key: _placed(value, like.get(key) if isinstance(like, dict) else None) for key, value in saved.items()}
     return saved
-
-
-def _among_others(was: Mapping[str, Any], now: Mapping[str, Any], betas: Sequence[float]) -> dict[str, Any]:
-    """Return what must be another in a router's state if those that it is stepped with do not go back, too.
-
-    Their number of steps is that of all. Averages of Adam, which began at 0, are divided by ``1 - βˢᵗᵉᵖˢ``: they are
-    scaled such that the quotient is as it was.
-    """
-    changed = {name: now[name] for name in SHARED if name in now}
-    if "moments" in now:
-        changed["moments"] = {
-            name: _recounted(was["moments"].get(name), values, float(betas[MOMENTS[name]]), was["step"], now["step"])
-            for name, values in now["moments"].items()
-        }
-    return changed
-
-
-def _recounted(was: Tensor | None, now: Tensor, beta: float, steps_was: int, steps_now: int) -> Tensor:
-    if was is None or not steps_was:
-        return torch.zeros_like(now)
-    return was * ((1 - beta**steps_now) / (1 - beta**steps_was))
