@@ -15,7 +15,7 @@ from .interventions import divide_logits
 from .plant import Applied, Intervention, Order, Plant
 
 #: What a natural step has in common with those of the routers that are stepped with it: it cannot go back alone.
-SHARED = ("step", "window", "peak")
+SHARED = ("step", "window", "peak", "damped")
 
 #: What others set in it.
 SETTINGS = ("limit",)

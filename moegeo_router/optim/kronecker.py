@@ -36,7 +36,7 @@ class KroneckerFisher:
         scores: the router's score function.
 
     Attributes:
-        damped: damping and floor of the inverses; None: there are none yet.
+        damped: damping and floor of the inverses (see ``NaturalConfig``); None: there are none yet.
     """
 
     def __init__(self, like: Tensor, block: int, scores: ScoreFunction) -> None:
@@ -95,18 +95,18 @@ class KroneckerFisher:
             self._sums[name] *= config.decay**steps
             self._sums[name] += values
             values.zero_()
-        self.invert(config.damping, config.floor)
+        self.damped = config.damping, config.floor
+        self.invert()
 
-    def invert(self, damping: float, floor: float) -> None:
-        """Compute the damped inverses of the averages.
-
-        Args:
-            damping: see ``NaturalConfig``.
-            floor: see there.
+    def invert(self) -> None:
+        """Compute the inverses of the averages, damped as ``damped`` says.
 
         Raises:
             ValueError: as for ``refresh``.
         """
+        if self.damped is None:
+            return
+        damping, floor = self.damped
         tokens = self._sums["tokens"].clamp_min(torch.finfo(self._sums["tokens"].dtype).tiny)[:, None, None]
         A, G = self._sums["A"] / tokens.unsqueeze(1), self._sums["G"] / tokens
         eye = torch.eye(self._experts, dtype=G.dtype, device=G.device)
@@ -122,7 +122,6 @@ class KroneckerFisher:
         mean_A = _trace(A).sum(dim=1, keepdim=True) / self._width
         eye = torch.eye(self._size, dtype=A.dtype, device=A.device)
         self._inverse_A = _inverse(A + (damping * mean_A + tiny) * eye)
-        self.damped = damping, floor
 
     def solve(self, gradient_LED: Tensor) -> Tensor:
         """Return ``(G + λ_G)⁻¹ ∇ (A + λ_A)⁻¹``."""

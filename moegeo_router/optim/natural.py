@@ -200,8 +200,9 @@ class NaturalRule:
         self._step, self._window, self._peak = (states[0][name] for name in ("step", "window", "peak"))
         for sample, entry in zip(self.samples, states, strict=True):
             sample.steps = entry["rows_seen"]
-        # Those of the last refresh: the options may have changed since. A state of before has none.
-        self._fisher.invert(*states[0].get("damped") or (self._config.damping, self._config.floor))
+        # As at the last refresh: the options may have changed since. A state of before does not say.
+        self._fisher.damped = states[0].get("damped", (self._config.damping, self._config.floor))
+        self._fisher.invert()
 
     def _options(self, group: Mapping[str, Any]) -> NaturalConfig:
         if self._scale is None:

@@ -109,6 +109,7 @@ def test_half_precision_goes_back_with_its_masters(step):
 @example(step="riemannian", first=0, more=3, layer="1.gate", seed=0)
 @example(step="riemannian", first=3, more=3, layer="0.gate", seed=0)
 @example(step="natural", first=5, more=2, layer="0.gate", seed=0)
+@example(step="natural", first=0, more=0, layer="0.gate", seed=0)
 def test_of_one_router_nothing_else_is_touched_whenever_it_was(step, first, more, layer, seed):
     model, optimizer, geometry = watched(step)
     data = batches(first + more + 2, seed=seed)
