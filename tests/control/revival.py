@@ -102,7 +102,15 @@ class Watched(Pausable):
         tokens = TokenTap(model, {self.layer}, lambda _: None, raising, active=self._is_active)
         self.taps = [
             tokens,
-            LayerTap(self.site, block and block[1], experts, tokens, self._see, raising, self._is_active),
+            LayerTap(
+                self.site,
+                block and block[1],
+                experts,
+                tokens,
+                self._see,
+                raising,
+                lambda trained: trained and self._is_active(),
+            ),
         ]
         self.plant = Plant(
             model=model,

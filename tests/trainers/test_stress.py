@@ -247,6 +247,7 @@ def wait_for_rows(path: Path, process: subprocess.Popen[str], count: int) -> Non
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_run_by_run(tmp_path, capsys):
     path, command = tmp_path / "rows.jsonl", [*TINY, "--out", str(tmp_path)]
     process = start(*command)
