@@ -109,11 +109,15 @@ def test_a_layer_of_ones_own_has_the_load_of_what_it_chooses(way):
     assert found["geometry/fhs"] > 0
 
 
-def test_links_lead_somewhere():
-    prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
-    links = re.findall(r"\]\(([^)#]+)\)", prose)
-    assert links
-    assert [link for link in links if "://" not in link and not (README.parent / link).exists()] == []
+PAGES = [README, *sorted((README.parent / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose)
+    assert links or page != README
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_the_benchmarks_table_is_the_reports():
