@@ -17,7 +17,7 @@ from .evaluation import Evaluation
 from .integrations.versions import warn_of_untested
 from .loggers.shares import log_shares
 from .losses import Regularizers
-from .metrics.summary import expert_scalars, flatten, model_scalars
+from .metrics.summary import flatten, model_scalars
 from .observe.build import checked_optimizers, refuse_second_watch, unwrapped
 from .observe.forward import LayerForward
 from .observe.statistics import RoutingStatistics, without_traces
@@ -264,10 +264,7 @@ class Geometry:
         scalars = self._scalars(reduced, before, numbers) if fresh is None else fresh
         own = {} if self._control is None else self._control.own.newest
         scalars = {name: found | own.get(name, {}) for name, found in scalars.items()}
-        experts = None
-        if self.config.per_expert:
-            experts = {name: expert_scalars(reduced.layers[name]) for name in scalars}
-        flat = flatten(scalars, self.config.per_layer, experts)
+        flat = flatten(scalars, self.config.per_layer, reduced.layers if self.config.per_expert else None)
         values = numbers["regularizers"]
         return flat | ({"geometry/regularizer": float(values.sum())} if scalars and len(values) else {})
 

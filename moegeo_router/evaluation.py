@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .metrics.summary import expert_scalars, flatten, model_scalars
+from .metrics.summary import flatten, model_scalars
 from .observe.statistics import RoutingStatistics
 
 
@@ -28,14 +28,15 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Return the scalars of the routing, named as in ``Geometry.metrics``; none of steps and of gradients.
 
-        Empty if nothing was seen. With data parallelism every rank has the same numbers.
+        Empty if nothing was seen, or if a rank can no longer watch: the sums lack its share. With data parallelism
+        every rank has the same numbers.
 
         Raises:
             RuntimeError: the block has not ended, or was left by an error.
         """
         if self._reduced is None:
             raise RuntimeError("the block of geometry.evaluation() has not ended: ask for its metrics() after it")
-        sums = self._reduced.layers
+        if float(self._reduced.failures):
+            return {}
         scalars = model_scalars(self._layers, self._reduced, None)
-        experts = {name: expert_scalars(sums[name]) for name in scalars} if self._per_expert else None
-        return flatten(scalars, self._per_layer, experts)
+        return flatten(scalars, self._per_layer, self._reduced.layers if self._per_expert else None)

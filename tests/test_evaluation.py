@@ -103,6 +103,16 @@ def test_asked_too_early_left_by_an_error_paused_and_without_data():
     assert geometry.metrics()["geometry/fsi"] > 0  # it counts again
 
 
+def test_sums_that_lack_a_part_are_no_metrics():
+    model = build()
+    geometry = mg.attach(model)
+    with geometry.evaluation() as held_out:
+        model(batch())
+        with pytest.warns(UserWarning, match="is switched off"), geometry.tokens(mask=torch.ones(3, 3)):
+            model(batch())
+    assert held_out.metrics() == {}
+
+
 def _rank(rank: int, folder: str) -> None:
     model = build()
     geometry = mg.attach(model, config=mg.GeometryConfig(**OPTIONS))

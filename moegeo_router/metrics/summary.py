@@ -204,21 +204,22 @@ def expert_scalars(statistics: LayerStatistics) -> dict[str, float]:
 def flatten(
     layers: Mapping[str, Mapping[str, float]],
     per_layer: bool = False,
-    experts: Mapping[str, Mapping[str, float]] | None = None,
+    experts: Mapping[str, LayerStatistics] | None = None,
 ) -> dict[str, float]:
     """Return flat keys ``geometry/fsi`` …: the mean over the layers that have the scalar, the worst for alarms.
 
     Args:
         layers: scalars by layer.
         per_layer: also ``geometry/layer0/fsi`` …, see ``short_names``.
-        experts: scalars of the experts by layer, for ``geometry/layer0/load/3`` ….
+        experts: the layers' sums, for ``geometry/layer0/load/3`` …; None: without.
     """
     flat: dict[str, float] = {}
     for name in dict.fromkeys(name for scalars in layers.values() for name in scalars):
         values = [scalars[name] for scalars in layers.values() if name in scalars]
         flat[f"geometry/{name}"] = _over_layers(name, values)
     short = short_names(layers)
-    for group in ([layers] if per_layer else []) + ([experts] if experts else []):
+    shares = {} if experts is None else {name: expert_scalars(experts[name]) for name in layers}
+    for group in (layers if per_layer else {}, shares):
         for layer, scalars in group.items():
             flat |= {f"geometry/{short[layer]}/{name}": value for name, value in scalars.items()}
     return flat
