@@ -19,7 +19,7 @@ from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_results import loss_at, mixed, results_of, smoothed, tokens_to
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tuning import choices
-from trainers.studies.intervals import equivalence, mean_interval
+from trainers.studies.intervals import equivalence, mean_interval, mean_ratio, with_ends
 from trainers.studies.rows import RowsFile
 from trainers.studies.runs import StudyError
 
@@ -79,6 +79,26 @@ def test_equivalence_needs_a_pair_and_a_margin():
     assert equivalence({0: 1.0}, {1: 1.0}, 0.005) is None
     with pytest.raises(ValueError, match="expected a margin above 0, got 0"):
         equivalence({0: 1.0}, {0: 1.0}, 0.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(values, st.integers(0, 10**6))
+def test_a_mean_ratio_is_of_logarithms(below, seed):
+    noise = random.Random(seed)
+    above = [value * math.exp(noise.gauss(0, 0.3)) for value in below]
+    found = mean_ratio(above, below)
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    assert found.value == pytest.approx(stats.gmean(ratios))
+    interval = stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
+    turned = mean_ratio(below, above)
+    assert turned.value * found.value == pytest.approx(1)
+    assert with_ends(found) == f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def test_one_pair_has_a_ratio_and_no_interval():
+    assert with_ends(mean_ratio([3.0], [2.0])) == "1.50"
+    assert with_ends(None) == "-"
 
 
 # --- tokens to a target -----------------------------------------------------------------------------------------------
@@ -202,8 +222,34 @@ def test_report_says_what_the_rows_say(tmp_path):
     assert "- planted/dense/seed1: diverged, NaN or inf at step 3" in text
     missing = "".join(f"- {task}: no rows\n" for task in ("language", "fashion_mnist", "cifar10", "multidomain"))
     assert text.endswith(f"## Missing\n\n{missing}")
-    assert "2 layers of width 96, 8 experts, top-2; 390 steps of 8 windows of 128 tokens; all held-out tokens." in text
+    assert (
+        "2 layers of width 96, 8 experts, top-2; 390 steps of 8 windows of 128 tokens; judged on all held-out tokens."
+        in text
+    )
     assert "- seeds: 10; 34 runs, 20 s each\n- besides: 30 tuning runs\n" in text
+
+
+def test_one_pair_is_no_result_in_the_summary(tmp_path):
+    text = written(tmp_path, rows_of(seeds=1)).partition("![")[0]
+    assert "| ours: polar, natural gradient | - |" in text
+    assert ": the baseline |" in text
+
+
+def test_what_somebody_wrote_beside_the_rows_is_in_the_report(tmp_path):
+    (tmp_path / "notes.md").write_text("- The grid was changed.\n")
+    assert "\n## On the way\n\n- The grid was changed.\n" in written(tmp_path, rows_of())
+
+
+def test_data_that_judge_and_data_of_the_routing_are_told_apart(tmp_path):
+    rows = rows_of("language")
+    for row in rows:
+        if row["status"] == "done":
+            row["results"]["probe/enwiki_valid/bits_per_byte"] = row["results"]["valid/loss"]
+        row["configuration"] = row["configuration"] | {"probes": {"enwiki_valid": {"valid_tokens": 200000}}}
+    text = written(tmp_path, rows, "language")
+    assert "judged on 200,000 held-out tokens; loads and metrics of the routing are of all." in text
+    assert "Tuning: 6 runs an arm, 0.125 of the length" in text
+    assert "validation loss is of 32,768 bytes of the split that judges" in text
 
 
 def test_report_has_routing_speed_and_tuning(tmp_path):
@@ -212,7 +258,7 @@ def test_report_has_routing_speed_and_tuning(tmp_path):
     violation, dead, *_, speed, step, tokens = cells(text, "polar_natural", 3)
     assert (violation, dead, speed) == ("0.3000 ± 0.0000", "2.0 ± 0.0", "2,000")
     # 1,600 tokens a second are to 2,000 as 0.8 to 1; a curve twice as steep is there in half of the tokens.
-    assert (step, tokens) == ("0.80 ± 0.00", "0.50 ± 0.00")
+    assert (step, tokens) == ("0.80 (0.80 to 0.80)", "0.50 (0.50 to 0.50)")
     assert cells(text, "hash", 2)[-1] == "not reached in 4 of 4"
     assert cells(text, "dense", 1) == ["-", "-"]  # nothing is chosen there: no recovery, no balance
     assert cells(text, "dense", 2)[:4] == ["-"] * 4
@@ -232,11 +278,15 @@ def test_what_a_controller_did_not_do_is_said(tmp_path):
     acting = benchmark_rows(CPU, runs, [*theirs[:3], 1.0])
     for row in acting:
         row["configuration"] = row["configuration"] | {"geometry": {"controller": "act"}}
-    acting[3]["events"] = [decision(9, "apply", "revive"), decision(20, "apply", "revive")]
+    acting[3]["events"] = [
+        decision(9, "apply", "revive"),
+        decision(20, "apply", "revive"),
+        decision(20, "apply", "revive") | {"event": "outcome", "reason": "no place"},
+    ]
     text = written(tmp_path, rows + tuned_rows + acting)
     assert (
-        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders: revive); against the same "
-        "runs without it -0.23" in text
+        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders, 1 of them carried out: "
+        "revive); against the same runs without it -0.23" in text
     )
     assert " (4), inconclusive, 3 of them the very same numbers." in text
     # Tuned to another setting, it is not compared with runs of that one, but with its own.

@@ -18,7 +18,9 @@ PARALLEL = {"java": "java", "cs": "csharp"}
 LATIN_1 = {"finnish", "french", "german"}
 
 
-def multidomain(*, root: str | None = None, valid_fraction: float = 0.05, **text: Unpack[TextOptions]) -> TextData:
+def multidomain(
+    *, root: str | None = None, valid_fraction: float = 0.05, split: str = "test", **text: Unpack[TextOptions]
+) -> TextData:
     """CodeXGLUE, GSM8K, PubMedQA and nltk's Genesis and State of the Union, from the files under multidomain/.
 
     A domain is a programming language, "maths", "biomedical", a language of Genesis, or "speeches".
@@ -26,6 +28,8 @@ def multidomain(*, root: str | None = None, valid_fraction: float = 0.05, **text
     Args:
         root: folder of the data sets; None reads MOEGEO_DATA.
         valid_fraction: share of each domain's documents held out; the sets' own splits are not used.
+        split: what is held out: "test"; or "valid", other documents, about as many, which are then not trained on, to
+            choose settings without a look at those of "test".
         **text: the options of ``TextData``.
 
     Returns:
@@ -35,8 +39,12 @@ def multidomain(*, root: str | None = None, valid_fraction: float = 0.05, **text
         ValueError: if no root is given, a file is damaged, or an option is out of range.
         FileNotFoundError: if a file is missing.
     """
-    train, valid = split_documents(multidomain_documents(root), valid_fraction)
-    return TextData("multidomain", train, valid, **text)
+    if split not in ("test", "valid"):
+        raise ValueError(f"split: expected 'test' or 'valid', got {split!r}")
+    train, held = split_documents(multidomain_documents(root), valid_fraction)
+    if split == "valid":  # of the rest, those whose names hash below twice the fraction
+        train, held = split_documents(train, 2 * valid_fraction)
+    return TextData("multidomain", train, held, **text)
 
 
 def multidomain_documents(root: str | None) -> Iterator[Document]:

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E experts, K chosen, D width, B batch, L length.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from moegeo_router.routers import ExpertPrior, GeometricRouter, SignBias
@@ -55,6 +56,24 @@ class ModelOutput:
     routing: dict[str, Routing]
 
 
+def drawn_like_linear(router: RouterFactory, dim: int, num_experts: int) -> nn.Module:
+    """Make a router, and leave torch's random numbers as the ``nn.Linear`` that it replaces would.
+
+    Models that differ in nothing but the router then begin with the same weights everywhere else, and runs of one seed
+    can be compared in pairs.
+
+    Args:
+        router: the factory.
+        dim: D.
+        num_experts: E.
+    """
+    before = torch.get_rng_state()
+    made = router(dim, num_experts)
+    torch.set_rng_state(before)
+    nn.Linear(dim, num_experts, bias=False)
+    return made
+
+
 class MoELayer(nn.Module):
     """Route every token to its top-k experts: ``y_t = Σ_k weights_tk · expert_{ids_tk}(x_t)``.
 
@@ -99,7 +118,7 @@ class MoELayer(nn.Module):
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
         self.renormalize, self.scores = renormalize, scores
         self.experts = SwiGLUExperts(num_experts, dim, hidden, experts)
-        self.router = router(dim, num_experts)
+        self.router = drawn_like_linear(router, dim, num_experts)
         self.prior = None
         if prior is not None:
             self._add_prior(prior(num_experts))

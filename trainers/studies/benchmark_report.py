@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def write_benchmark(benchmark: Benchmark) -> list[Path]:
     lines = [*_head(results, pictures)]
     for task, found in results.items():
         lines += ["", f"## {found.task.title}", "", *_task(found, benchmark.broken.get(task))]
+    lines += _notes(benchmark)
     if absent:
         lines += ["", "## Missing", "", *(f"- {task}: {why}" for task, why in absent.items())]
     write_whole(text, "\n".join(lines) + "\n")
@@ -80,26 +82,28 @@ def _results(benchmark: Benchmark, task: str) -> Results:
 
 
 _METHOD = (
-    "Every arm was tuned in every task with the same number of short runs (an eighth of the length for text, half of "
-    "it for images and planted data), on a seed of its own: three learning rates by two weights of its balance (two "
-    "speeds of the loss-free bias), or six learning rates where there is nothing to "
-    "balance. The least validation loss decided: of the last 5,000 train images, which were then not trained on; of "
-    "the first part of the held-out text, which judges as well; of planted data of another seed. The learning rate is "
-    "that of everything but natural gradients, which have its schedule and a speed limit of their own. AdamW's weight "
-    "decay of 0.1 is on linear and cosine routers as on the rest, and not on polar ones. The loss-free bias is added "
-    "to softmax scores. Where tuning gave the arm with the controller another setting than the one without, more runs "
+    "Every arm was tuned in every task by as many runs: learning rates by two weights of its balance (two speeds of "
+    "the loss-free bias), or as many learning rates where there is nothing to balance; the least validation loss "
+    "decided. A better weight may lie beyond the two. The learning rate is that of everything but natural gradients, "
+    "which have its schedule and a speed limit of their own; that limit and the controller's thresholds were found in "
+    "earlier studies of small models (region, limits, faults), which no baseline had. AdamW's weight decay of 0.1 is "
+    "on linear and cosine routers as on the rest, and not on polar ones. The loss-free bias is added to softmax "
+    "scores. Where tuning gave the arm with the controller another setting than the one without, more runs "
     "without it, at the same setting, show what the controller does by itself.",
     "",
     "Ours are compared with the linear baseline (with Switch loss, with z-loss as well, or with loss-free bias) that "
     "tuned best, and with the one that came out best, if it is another. Difference: paired over seeds, with "
-    "Student's 95% interval and the number of pairs. Equal is a difference within "
-    f"{MARGIN:.1%} of the baseline's mean; p is that of two one-sided t-tests. Verdict: equivalent if p < 0.05; else "
-    "better or worse if the interval does not hold 0; else inconclusive, which is no equality. Intervals and tests are "
+    "Student's 95% interval and the number of pairs; runs of one seed begin with the same weights, but for the routers "
+    "and the whole of the dense model. Equal is a difference within "
+    f"{MARGIN:.1%} of the baseline's mean; p is that of two one-sided t-tests. Verdict: equivalent if p < 0.05, and "
+    "equivalent (better or worse) if the interval does not hold 0 as well; else better or worse if it does not; else "
+    "inconclusive, which is no equality. Intervals and tests are "
     "of single cells, not corrected for their number, and over seeds: the held-out data are the same for all. A "
     f"verdict on ours wants {LEAST_SEEDS} pairs.",
     "",
     "All arms run in one training loop that watches the routing, so that speeds compare with each other, not with a "
-    "plain loop. Runs were side by side on one processor, at times beside other work: step times are rough.",
+    "plain loop; the dense model is one expert of that loop, dispatch included. Where runs are side by side on one "
+    "processor, or beside other work, step times are rough.",
 )
 
 
@@ -122,7 +126,7 @@ def summary(results: Mapping[str, Results]) -> Iterator[str]:
 
 def _gain(results: Results, arm: str) -> str:
     found = results.gain(arm)
-    if found is None:
+    if found is None or found.n < 2:  # one pair is no result
         mean = results.mean(arm, results.task.primary)
         return f"{mean.mean:.4g}: the baseline" if mean and arm == results.reference else "-"
     verdict = _verdict(results, arm, results.compared(arm, results.task.primary))
@@ -140,6 +144,13 @@ def _head(results: Mapping[str, Results], pictures: Sequence[Path]) -> Iterator[
     if judged:
         yield f"- besides: {len(rows) - len(judged)} tuning runs"
     yield from ("", *_METHOD)
+
+
+def _notes(benchmark: Benchmark) -> Iterator[str]:
+    """What the rows do not say, where somebody has written it beside them."""
+    path = benchmark.out / "notes.md"
+    if path.exists():
+        yield from ("", "## On the way", "", *path.read_text().splitlines())
 
 
 def _task(results: Results, broken: str | None) -> Iterator[str]:
@@ -160,14 +171,26 @@ def _size(results: Results) -> str | None:
     config: Mapping[str, Any] = rows[0]["configuration"]
     model, data = config["model"], config["data"]
     length = f" of {data['length']} tokens" if "length" in data else " images"
-    held = data.get("valid_tokens", data.get("valid_images"))
     text = f"{model['layers']} layers of width {model['dim']}, {model['num_experts']} experts, top-{model['top_k']}"
     if "expert_hidden" in model:
         text += f", each {model['expert_hidden']} wide"
     text += (
         f"; {config['loop']['steps']:,} steps of {data['batch_size']}{' windows' if 'length' in data else ''}{length}"
     )
-    return f"{text}; {'all' if held is None else f'{held:,}'} held-out {'tokens' if 'length' in data else 'images'}."
+    return f"{text}; {_held_out(results, config)}."
+
+
+def _held_out(results: Results, config: Mapping[str, Any]) -> str:
+    """Return how much held-out data judges, and how much the routing is of, if that is not the same."""
+    data, probe = config["data"], re.match(r"probe/(\w+)/", results.task.primary)
+    of_run = data.get("valid_tokens", data.get("valid_images"))
+    judging = config["probes"][probe[1]]["valid_tokens"] if probe else of_run
+    routing = "" if judging == of_run else f"; loads and metrics of the routing are of {_count(of_run)}"
+    return f"judged on {_count(judging)} held-out {'tokens' if 'length' in data else 'images'}{routing}"
+
+
+def _count(limit: int | None) -> str:
+    return "all" if limit is None else f"{limit:,}"
 
 
 def _verdicts(results: Results) -> Iterator[str]:

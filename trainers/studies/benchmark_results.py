@@ -9,7 +9,7 @@ from statistics import fmean
 
 from trainers.studies.benchmark import ARMS, Task, Tier, rises, seeds_of
 from trainers.studies.benchmark_tuning import Choice, choices, reference
-from trainers.studies.intervals import Equivalence, Interval, equivalence, mean_interval, paired_difference
+from trainers.studies.intervals import Equivalence, Interval, Ratio, equivalence, mean_interval, mean_ratio
 from trainers.studies.rows import Row, by_seed
 from trainers.train import flat_settings
 
@@ -31,7 +31,7 @@ _SEEDS = ("seed", "data.seed")
 _SHARED = ("data.", "loop.", "model.dim", "model.layers", "model.heads")
 
 #: A curve's points are averaged over so many before a target is looked for in them.
-_WINDOW = 5
+WINDOW = 5
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Results:
         best = max if rises(name) else min
         return best(values, key=lambda arm: fmean(values[arm][seed] for seed in seeds))
 
-    def step_ratio(self, arm: str) -> Interval | None:
-        """The time of a step in steps of the reference: the mean over seeds both have."""
+    def step_ratio(self, arm: str) -> Ratio | None:
+        """The time of a step in steps of the reference: the geometric mean over seeds both have."""
         return self._ratio(by_seed(self.main(self.reference), _SPEED), by_seed(self.main(arm), _SPEED))
 
-    def tokens_ratio(self, arm: str) -> tuple[Interval | None, int]:
+    def tokens_ratio(self, arm: str) -> tuple[Ratio | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
         theirs, ours = self.curves(self.reference), self.curves(arm)
         above, below, lost = {}, {}, 0
@@ -129,9 +129,9 @@ class Results:
         """Training loss over tokens of an arm's runs by seed, smoothed, where rows have it."""
         return {row["seed"]: smoothed(curve) for row in self.main(arm) if (curve := _curve(row))}
 
-    def _ratio(self, above: Mapping[int, float], below: Mapping[int, float]) -> Interval | None:
-        ratios = {seed: value / below[seed] for seed, value in above.items() if below.get(seed)}
-        return paired_difference(ratios, dict.fromkeys(ratios, 0.0))
+    def _ratio(self, above: Mapping[int, float], below: Mapping[int, float]) -> Ratio | None:
+        seeds = [seed for seed in above if below.get(seed)]
+        return mean_ratio([above[seed] for seed in seeds], [below[seed] for seed in seeds]) if seeds else None
 
 
 _SPEED = "train/tokens_per_second"
@@ -212,7 +212,7 @@ def _curve(row: Row) -> list[tuple[float, float]]:
 def smoothed(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return a curve whose losses are means of a point and the four before it, as far as there are so many."""
     return [
-        (tokens, fmean(loss for _, loss in curve[max(0, index + 1 - _WINDOW) : index + 1]))
+        (tokens, fmean(loss for _, loss in curve[max(0, index + 1 - WINDOW) : index + 1]))
         for index, (tokens, _) in enumerate(curve)
     ]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from trainers.studies.benchmark import ARMS, rises
-from trainers.studies.benchmark_results import DIGITS, TARGET, Results
+from trainers.studies.benchmark_results import DIGITS, TARGET, WINDOW, Results
 from trainers.studies.benchmark_tuning import Choice
-from trainers.studies.events import orders
-from trainers.studies.intervals import with_half_width, with_pairs
+from trainers.studies.events import decisions, orders
+from trainers.studies.intervals import with_ends, with_half_width, with_pairs
 from trainers.studies.rows import by_seed
+from trainers.studies.runs import CURVE_POINTS
 
 _ROUTING = {
     "max_violation": "max violation",
@@ -36,7 +37,7 @@ def write_tables(results: Results) -> Iterator[str]:
         yield from _by_domain(results, domains)
     yield from ("", "Routing on the held-out data, and speed:", "", *_routing(results))
     yield from _controller(results)
-    yield from ("", "Tuning, validation loss; the chosen one is bold:", "", *_tuning(results))
+    yield from ("", f"{_tuned_how(results)} The chosen one is bold:", "", *_tuning(results))
 
 
 def _further(results: Results, metrics: Mapping[str, str]) -> Iterator[str]:
@@ -85,16 +86,16 @@ def _routing(results: Results) -> Iterator[str]:
         digits = {key: 1 if key.endswith("/dead_experts") else DIGITS for key in columns}
         cells = [with_half_width(results.mean(arm, key), digits=digits[key]) for key in columns]
         speed = results.mean(arm, "train/tokens_per_second")
-        cells += ["-" if speed is None else f"{speed.mean:,.0f}", with_half_width(results.step_ratio(arm), digits=2)]
+        cells += ["-" if speed is None else f"{speed.mean:,.0f}", with_ends(results.step_ratio(arm))]
         ratio, lost = results.tokens_ratio(arm)
-        reached = with_half_width(ratio, digits=2)
-        cells.append(f"not reached in {lost} of {lost + (ratio.n if ratio else 0)}" if lost else reached)
+        cells.append(f"not reached in {lost} of {lost + (ratio.n if ratio else 0)}" if lost else with_ends(ratio))
         yield f"| {ARMS[arm].title} | {' | '.join(cells)} |"
     yield ""
     yield (
-        "Max violation: load of the busiest expert over the fair one, less 1, mean over layers. Dead experts: in all "
-        "layers. Step time and tokens to target are multiples of the baseline's, means over pairs with 95% intervals; "
-        f"the target is the baseline's training loss after {TARGET:.0%} of its tokens, in each pair."
+        "Max violation: load of the busiest expert over the fair one, less 1, mean over layers. Dead experts: those "
+        "with less than a tenth of their share, in all layers. Step time and tokens to target are multiples of the "
+        "baseline's, geometric means over pairs with 95% intervals; the target is the baseline's training loss after "
+        f"{TARGET:.0%} of its tokens, in each pair, on curves of {CURVE_POINTS} points averaged over {WINDOW}."
     )
 
 
@@ -108,7 +109,8 @@ def _controller(results: Results) -> Iterator[str]:
         acted = sum(bool(one) for one in found)
         kinds = sorted({str(order.get("name")) for one in found for order in one})
         text = f"{ARMS[arm].title}: the controller acted in {acted} of {len(rows)} runs"
-        text += f" ({sum(map(len, found))} orders: {', '.join(kinds)})" if acted else ""
+        done = sum(len(decisions(row, "apply")) for row in rows)
+        text += f" ({sum(map(len, found))} orders, {done} of them carried out: {', '.join(kinds)})" if acted else ""
         if (effect := results.effect(arm, results.task.primary)) is not None:
             verdict = effect.verdict(rises(results.task.primary))
             text += f"; against the same runs without it {with_pairs(effect.difference, DIGITS)}, {verdict}, "
@@ -125,6 +127,14 @@ def _acts(row: Mapping[str, object]) -> bool:
 def _same(results: Results, arm: str) -> int:
     theirs = by_seed(results.without(arm), "valid/loss")
     return sum(theirs.get(seed) == loss for seed, loss in results.values(arm, "valid/loss").items())
+
+
+def _tuned_how(results: Results) -> str:
+    task, candidates = results.task, max((len(found.tried) for found in results.choices.values()), default=0)
+    return (
+        f"Tuning: {candidates} runs an arm, {task.share:g} of the length, on a seed of their own; validation loss is "
+        f"of {task.tuned_on}."
+    )
 
 
 def _tuning(results: Results) -> Iterator[str]:

@@ -221,6 +221,36 @@ def ratio_of_means(
     return Ratio(value=above.mean / below.mean, low=(b - root) / a, high=(b + root) / a, n=n)
 
 
+def mean_ratio(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95) -> Ratio:
+    """Return the geometric mean of the ratios of pairs, with Student's interval of their logarithms.
+
+    Twice and half as much weigh alike.
+
+    Args:
+        numerators: of independent pairs, above 0.
+        denominators: of the same pairs, above 0.
+        confidence: as in ``mean_interval``.
+
+    Returns:
+        The ratio; without an interval (NaN) for a single pair.
+
+    Raises:
+        ValueError: as in ``mean_interval``.
+    """
+    found = mean_interval(
+        [math.log(above / below) for above, below in zip(numerators, denominators, strict=True)], confidence
+    )
+    return Ratio(value=math.exp(found.mean), low=math.exp(found.low), high=math.exp(found.high), n=found.n)
+
+
+def with_ends(ratio: Ratio | None, digits: int = 2) -> str:
+    """Return "1.07 (1.02 to 1.13)"; the ratio alone for a single pair; "-" where there is none."""
+    if ratio is None:
+        return "-"
+    value = f"{ratio.value:.{digits}f}"
+    return value if math.isnan(ratio.low) else f"{value} ({ratio.low:.{digits}f} to {ratio.high:.{digits}f})"
+
+
 def with_pairs(difference: Interval | None, digits: int = 3) -> str:
     """Return a paired difference with its sign and number of pairs, "+0.012 ± 0.005 (3)"; "-" where there is none."""
     return "-" if difference is None else f"{with_half_width(difference, '+', digits)} ({difference.n})"

@@ -2,12 +2,14 @@
 
 import lzma
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from tests.trainers.data.conftest import ENWIKI, WIKITEXT, sheet, write_idx, write_xz
+from trainers.data.documents import Document
 from trainers.data.multidomain import multidomain, multidomain_documents
 from trainers.data.vision import cifar10, fashion_mnist, read_idx, read_tiles
 from trainers.data.wikipedia import articles, enwiki, wikitext2, wikitext_articles
@@ -114,6 +116,24 @@ def test_multidomain_covers_every_domain(root):
     assert seen >= set(data.domains) - {"french", "swedish", "english"}
     trained = {data.domains[int(d)] for d in data._train.domains}
     assert trained == set(data.domains)
+
+
+def test_multidomain_has_documents_to_choose_settings_by(root, monkeypatch):
+    documents = [Document(f"{domain} {i}", domain, f"{i}") for domain in ("a", "b") for i in range(200)]
+    monkeypatch.setattr("trainers.data.multidomain.multidomain_documents", lambda root: iter(documents))
+    make = partial(multidomain, root=str(root), valid_fraction=0.1, **SMALL)
+    sides = {split: make(split=split) for split in ("test", "valid")}
+    test, valid, train = (
+        set(stream_text(stream).split(b"\0")) - {b""}
+        for stream in (sides["test"]._valid, sides["valid"]._valid, sides["valid"]._train)
+    )
+    assert test | valid | train == {document.data for document in documents}
+    assert len(test) + len(valid) + len(train) == len(documents)
+    assert min(len(test), len(valid)) > 20
+    assert max(len(test), len(valid)) < 60
+    assert set(stream_text(sides["test"]._train).split(b"\0")) - {b""} == valid | train
+    with pytest.raises(ValueError, match="split: expected 'test' or 'valid', got 'train'"):
+        make(split="train")
 
 
 @pytest.mark.parametrize(

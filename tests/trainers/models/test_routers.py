@@ -1,5 +1,6 @@
 """The routers of others: against their formulas by hand, and the hashes against what they promise."""
 
+import functools
 import math
 
 import pytest
@@ -203,3 +204,33 @@ def test_nothing_of_it_is_trained_and_it_is_found_as_a_router():
 def test_bad_hashes_are_named(k, counts, message):
     with pytest.raises(ValueError, match=message):
         HashRouter(8, 4, top_k=k, id_counts=counts)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        CosineRouter,
+        FrozenRouter,
+        hash_of([3, 2, 1, 1, 0, 5]),
+        nn.Linear,  # with a bias
+        lambda dim, experts: mg.GeometricRouter(dim, experts, manifold="orthonormal"),
+    ],
+)
+def test_models_that_differ_in_the_router_alone_begin_alike(router):
+    def weights(factory):
+        torch.manual_seed(3)
+        model = LanguageModel(6, factory, length=8, **SIZES)
+        after = torch.rand(1)
+        return {n: p for n, p in model.named_parameters() if ".router." not in n}, after
+
+    (ours, after), (theirs, expected) = weights(router), weights(functools.partial(nn.Linear, bias=False))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(after, expected)
+
+
+def test_routers_of_one_model_differ():
+    torch.manual_seed(0)
+    model = LanguageModel(6, CosineRouter, length=8, **SIZES)
+    first, second = (block.ffn.router.weight for block in model.trunk.blocks)
+    assert not torch.equal(first, second)
