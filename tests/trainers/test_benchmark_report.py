@@ -19,6 +19,7 @@ from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_results import loss_at, mixed, results_of, smoothed, tokens_to
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tuning import choices
+from trainers.studies.files import write_whole
 from trainers.studies.intervals import equivalence, mean_interval, mean_ratio, with_ends
 from trainers.studies.rows import RowsFile
 from trainers.studies.runs import StudyError
@@ -370,6 +371,21 @@ def test_a_report_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeyp
     with pytest.raises(StudyError, match=r"cannot write .*differences.png: No space left on device; the rows "):
         write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_two_that_write_one_report_do_not_meet(tmp_path, monkeypatch):
+    path, write = tmp_path / "benchmark.md", Path.write_bytes
+
+    def beside_another(unfinished, content):
+        monkeypatch.setattr(Path, "write_bytes", write)
+        write(unfinished, content)
+        write_whole(path, "theirs")
+        assert path.read_text() == "theirs"
+
+    monkeypatch.setattr(Path, "write_bytes", beside_another)
+    write_whole(path, "ours")
+    assert path.read_text() == "ours"
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_one_damaged_file_is_said_beside_the_other_tasks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         StudyError: it cannot be written: a full disk, a folder that is not there.
     """
-    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # another process may write here as well
     try:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(unfinished, path)
