@@ -39,6 +39,18 @@ def killed_once(name: str, **options: Any) -> PlantedText:
     return PlantedText(**options)
 
 
+def spoils(**options: Any) -> PlantedText:
+    """Stands for an error of CUDA, after which a process has no use of it."""
+    os.environ["SPOILT"] = "1"
+    raise ValueError("an illegal memory access")
+
+
+def spoilt(**options: Any) -> PlantedText:
+    """Works where ``spoils`` has not been."""
+    assert "SPOILT" not in os.environ
+    return PlantedText(**options)
+
+
 def disk_full(**options: Any) -> PlantedText:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

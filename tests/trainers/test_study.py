@@ -349,6 +349,13 @@ def test_a_study_goes_on_whatever_its_runs_do(tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
+def test_a_failed_run_leaves_its_process_to_nobody(tmp_path):
+    runs = [tiny_run("first", broken_data("spoils")), tiny_run("second", broken_data("spoilt"))]
+    first, second = run_study(study(tmp_path, runs, processes=1), lambda line: None)
+    assert (first["status"], first["reason"]) == ("failed", "ValueError: an illegal memory access")
+    assert second["status"] == "done", second["reason"]
+
+
 def test_ctrl_c_says_how_to_continue_and_a_full_disk_ends_the_study(tmp_path, monkeypatch):
     runs = [tiny_run(str(seed), f"seed={seed}") for seed in range(3)]
     said: list[str] = []

@@ -173,7 +173,9 @@ class Workers:
             yield from self._bury(worker, task)
             return
         self._drop_if_no_more()
-        if self._waiting:
+        if not isinstance(message, str) and message["status"] == "failed":
+            self._replace(worker)  # what it left behind goes with it: after an error CUDA serves a process no more
+        elif self._waiting:
             worker.task = self._waiting.popleft()
             worker.give(self._configs[worker.task])
         if task is None:
@@ -182,8 +184,13 @@ class Workers:
             raise StudyError(message)
         yield task, message
 
-    def _bury(self, worker: _Worker, task: int | None) -> Iterator[tuple[int, Outcome]]:
+    def _replace(self, worker: _Worker) -> None:
+        worker.stop()
         self._workers.remove(worker)
+        if self._waiting:
+            self._workers.append(_Worker(self._folder))
+
+    def _bury(self, worker: _Worker, task: int | None) -> Iterator[tuple[int, Outcome]]:
         if not worker.ready:
             raise StudyError("a worker process could not start; what it said is above")
         if task is not None:
@@ -193,8 +200,7 @@ class Workers:
             else:
                 yield task, failure(f"{worker.why_it_died()}, {ATTEMPTS} times")
         self._drop_if_no_more()
-        if self._waiting:
-            self._workers.append(_Worker(self._folder))
+        self._replace(worker)
 
     def _drop_if_no_more(self) -> None:
         if not self._more():
