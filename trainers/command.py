@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -16,6 +17,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leave with status 2."""
         self.exit(2, f"error: {message}; --help shows the options\n")
+
+
+def how_to_resume(*, fresh: bool, out: Path | None) -> str:
+    """Return how a command goes on that was stopped, ``"the same command without --fresh continues"``.
+
+    Args:
+        fresh: whether --fresh was given.
+        out: the folder, of a command that begins anew unless it is named; None: no such command.
+    """
+    changes = [*([] if out is None else [f"with --out {out}"]), *(["without --fresh"] if fresh else [])]
+    return " ".join(["the same command", *([" and ".join(changes)] if changes else []), "continues"])
 
 
 @contextmanager

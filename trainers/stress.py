@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.command import Parser, one_line_mistakes
+from trainers.command import Parser, how_to_resume, one_line_mistakes
 from trainers.studies.comparison import COMPARISONS, comparison
 from trainers.studies.comparison_report import write_comparison
 from trainers.studies.faults import Faults
@@ -97,7 +97,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _rows(options: argparse.Namespace, command: str, runs: Sequence[Run]) -> Sequence[Row]:
     """Make the rows that are missing; return all."""
-    path = _folder(options) / "rows.jsonl"
+    path, unnamed = _folder(options) / "rows.jsonl", options.smoke and options.out is None
     if options.report:
         rows: Sequence[Row] = read_rows(path)
     else:
@@ -106,8 +106,9 @@ def _rows(options: argparse.Namespace, command: str, runs: Sequence[Run]) -> Seq
             runs=runs,
             path=path,
             command=command,
+            resume=how_to_resume(fresh=options.fresh, out=path.parent if unnamed else None),
             processes=options.processes,
-            fresh=options.fresh or (options.smoke and options.out is None),
+            fresh=options.fresh or unnamed,
             retry_failed=options.retry_failed,
         )
         rows = run_study(study)
@@ -167,7 +168,7 @@ def _common(study: argparse.ArgumentParser, name: str, seeds: int) -> None:
     study.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (2)")
     study.add_argument("--smoke", action="store_true", help="a toy grid in seconds, to see that it runs")
     study.add_argument("--report", action="store_true", help="only write the report of the rows that are there")
-    study.add_argument("--fresh", action="store_true", help="begin anew; the former rows become rows.old.jsonl")
+    study.add_argument("--fresh", action="store_true", help="begin anew; the former rows stay in rows.old.jsonl")
     study.add_argument("--retry-failed", action="store_true", help="run failed runs again")
 
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.studies import region_row
+from trainers import stress
 from trainers.stress import main
 from trainers.studies.region import ARMS, LR, REFERENCE, Region, arms
 from trainers.studies.region_figure import spread_out
@@ -197,6 +198,27 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "how"),
+    [
+        ([], "the same command continues"),
+        (["--fresh"], "the same command without --fresh continues"),
+        (["--smoke"], "the same command with --out runs/region-smoke continues"),
+        (["--smoke", "--fresh"], "the same command with --out runs/region-smoke and without --fresh continues"),
+        (["--smoke", "--out", "there"], "the same command continues"),
+    ],
+)
+def test_how_a_study_goes_on_depends_on_how_it_was_begun(monkeypatch, arguments, how):
+    def run(study):
+        assert study.resume == how
+        assert study.fresh == (how != "the same command continues")
+        raise StudyError("enough")
+
+    monkeypatch.setattr(stress, "run_study", run)
+    with pytest.raises(SystemExit):
+        main(["region", *arguments])
+
+
 def test_rows_of_other_settings_are_refused_in_one_line(tmp_path, capsys):
     (run,) = Region(seeds=1, arms=[REFERENCE], multipliers=[1.0], balances=[0.0]).runs()
     row = region_row(REFERENCE, 1.0, 0.0, 0, 1.7, configuration=configurations([run])[0])
@@ -284,7 +306,7 @@ def test_ctrl_c_ends_the_command_in_one_line_and_its_workers_with_it(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     output, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, "")
-    assert output.splitlines()[-1].endswith(f"of 6 runs are in {path}. The same command continues.")
+    assert output.splitlines()[-1].endswith(f"of 6 runs are in {path}; the same command continues")
     wait_until(lambda: not lives(process.pid))  # multiprocessing has a helper process that goes last
 
 

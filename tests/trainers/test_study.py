@@ -284,16 +284,53 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     assert read_rows(path) == [row(0), row(2)]
 
 
-def test_fresh_keeps_the_former_rows_beside_and_retry_drops_the_failed(tmp_path):
+def test_a_full_disk_is_found_out_before_a_run_is_trained(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with RowsFile(path) as file:
+        file.append(row(0))
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+    try:
+        with pytest.raises(
+            StudyError, match=r"^cannot write to .*rows\.jsonl: File too large; the rows before are whole"
+        ):
+            run_study(study(tmp_path, [tiny_run("a")]), lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole
+
+
+def test_rows_that_go_go_alone_and_every_former_file_is_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowsFile(path) as file:
         file.append(row(0))
         file.append(row(1, status="failed"))
-    with RowsFile(path, retry_failed=True) as file:
+    with RowsFile(path, drop=lambda found: found["status"] == "failed") as file:
         assert file.rows == [row(0)]
+        file.append(row(1))
+    assert [*tmp_path.iterdir()] == [path]
+    with RowsFile(path, fresh=True, drop=lambda found: found["seed"] == 0) as file:
+        assert file.rows == [row(1)]
     with RowsFile(path, fresh=True) as file:
         assert file.rows == []
-    assert read_rows(tmp_path / "rows.old.jsonl") == [row(0)]
+    path.write_text("damaged\n")
+    with RowsFile(path, fresh=True) as file:
+        assert file.rows == []
+    assert read_rows(tmp_path / "rows.old.jsonl") == [row(0), row(1)]
+    assert read_rows(tmp_path / "rows.old2.jsonl") == [row(1)]
+    assert (tmp_path / "rows.old3.jsonl").read_text() == "damaged\n"
+
+
+def test_failed_runs_of_others_are_not_dropped(tmp_path, monkeypatch):
+    with RowsFile(tmp_path / "rows.jsonl") as file:
+        for key in ("ours", "others"):
+            file.append(row(0, study="test", key=key, status="failed"))
+    monkeypatch.setattr(runner, "Workers", done_at_once(1))
+    said: list[str] = []
+    rows = run_study(study(tmp_path, [tiny_run("ours")], retry_failed=True), said.append)
+    assert [(found["key"], found["status"]) for found in rows] == [("others", "failed"), ("ours", "done")]
+    assert said[-1].startswith("[1/1]"), "what others failed at is not said to be this study's"
 
 
 def test_settings_are_compared_by_what_the_row_knew(config):
@@ -367,7 +404,7 @@ def test_ctrl_c_says_how_to_continue_and_a_full_disk_ends_the_study(tmp_path, mo
 
     with pytest.raises(KeyboardInterrupt):
         run_study(study(tmp_path, runs, processes=1), interrupted)
-    assert said[-1] == f"stopped; 1 of 3 runs are in {tmp_path / 'rows.jsonl'}. The same command continues."
+    assert said[-1] == f"stopped; 1 of 3 runs are in {tmp_path / 'rows.jsonl'}; the same command continues"
     assert multiprocessing.active_children() == []
     assert [found["key"] for found in read_rows(tmp_path / "rows.jsonl")] == ["0"]
 
@@ -383,8 +420,9 @@ def test_rows_that_cannot_be_written_end_the_study_in_one_line(tmp_path, monkeyp
 
     monkeypatch.setattr(RowsFile, "append", full)
     monkeypatch.setattr(runner, "Workers", done_at_once(1))
-    with pytest.raises(StudyError, match=r"cannot write to .*rows\.jsonl: No space left on device; the rows before"):
-        run_study(study(tmp_path, [tiny_run("a")], fresh=True), lambda line: None)
+    message = r"cannot write to .*rows\.jsonl: No space left on device; the rows before are whole; go on so"
+    with pytest.raises(StudyError, match=message):
+        run_study(study(tmp_path, [tiny_run("a")], fresh=True, resume="go on so"), lambda line: None)
 
 
 def test_a_worker_answers_until_the_study_is_gone(config, tmp_path):

@@ -26,7 +26,7 @@ def test_no_run_begins_when_the_time_is_up_and_the_same_command_continues(tmp_pa
     # The second has begun when the first is told, and is finished.
     rows = run_study(study(tmp_path, runs, processes=1, until=50.0), late)
     assert [row["key"] for row in rows] == ["0", "1"]
-    assert said[-1] == f"the time is up; 2 of 3 runs are in {tmp_path / 'rows.jsonl'}. The same command continues."
+    assert said[-1] == f"the time is up; 2 of 3 runs are in {tmp_path / 'rows.jsonl'}; the same command continues"
     assert len(run_study(study(tmp_path, runs, processes=1, until=1.0), said.append)) == 2  # it is over already
     assert len(run_study(study(tmp_path, runs, processes=1), said.append)) == 3
     assert multiprocessing.active_children() == []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,9 @@ from trainers.train import FREE_KEYS as RUNS_FREE_KEYS
 from trainers.train import flat_settings
 
 Row = dict[str, Any]
+
+#: More than a row has, in bytes.
+_ROOM = 64 * 1024
 
 #: What may differ between a run and its row; a row without a probe that is asked for is not complete.
 FREE_KEYS = tuple(key for key in RUNS_FREE_KEYS if key != "probes")
@@ -59,33 +63,34 @@ class RowsFile:
 
     Args:
         path: the file; missing parent folders are made.
-        fresh: begin anew; the former file is kept beside it as ``NAME.old.jsonl``.
-        retry_failed: drop the rows of failed runs, so that they are run again.
+        fresh: begin anew; the former file stays beside it as ``NAME.old.jsonl``, ``NAME.old2.jsonl`` …
+        drop: which rows go, so that their runs are run again; None: with ``fresh`` all, else none.
 
     Raises:
         StudyError: another process writes here, or a line is not a row.
+        OSError: as in ``append``, found out before a run is trained in vain.
     """
 
-    def __init__(self, path: Path, *, fresh: bool = False, retry_failed: bool = False) -> None:
+    def __init__(self, path: Path, *, fresh: bool = False, drop: Callable[[Row], bool] | None = None) -> None:
         self.path, self.notes = path, list[str]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path.parent, os.O_RDONLY)  # the folder, because the file itself may be replaced
-        try:
-            self._take_lock()
-            if fresh and path.exists():
-                os.replace(path, path.with_suffix(f".old{path.suffix}"))
+        with ExitStack() as opened:
+            lock = os.open(path.parent, os.O_RDONLY)  # the folder, because the file itself may be replaced
+            opened.callback(os.close, lock)
+            self._take(lock)
+            if fresh and drop is None and path.exists() and path.stat().st_size:  # unread: it may be damaged
+                os.replace(path, _beside(path))
             path.touch()
             self.rows = self._repaired()
-            if retry_failed and any(row["status"] == "failed" for row in self.rows):
-                self._keep([row for row in self.rows if row["status"] != "failed"])
-            self._file = path.open("ab", buffering=0)
-        except BaseException:
-            os.close(self._lock)
-            raise
+            if drop is not None and any(map(drop, self.rows)):
+                self._keep([row for row in self.rows if not drop(row)], _beside(path) if fresh else None)
+            self._file = opened.enter_context(path.open("ab", buffering=0))
+            os.truncate(path, self._write(b" " * _ROOM))
+            self._close = opened.pop_all().close
 
-    def _take_lock(self) -> None:
+    def _take(self, lock: int) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StudyError(f"another study is writing to {self.path.parent}: wait, or take another --out") from None
 
@@ -96,12 +101,14 @@ class RowsFile:
             self.notes.append(f"{self.path}: the last row was torn by a kill and is dropped")
         return rows
 
-    def _keep(self, rows: list[Row]) -> None:
+    def _keep(self, rows: list[Row], former: Path | None) -> None:
         shorter = self.path.with_name(self.path.name + ".partial")
         with shorter.open("wb") as file:
             file.writelines(map(_line, rows))
             file.flush()
             os.fsync(file.fileno())
+        if former is not None:
+            os.replace(self.path, former)
         os.replace(shorter, self.path)
         self.rows = rows
 
@@ -111,17 +118,21 @@ class RowsFile:
         Raises:
             OSError: as from the file system, e.g. the disk is full.
         """
-        size = os.fstat(self._file.fileno()).st_size
-        data = memoryview(_line(row))
+        self._write(_line(row))
+        self.rows.append(row)
+
+    def _write(self, data: bytes) -> int:
+        """Write whole or not at all; return the size of before."""
+        size, left = os.fstat(self._file.fileno()).st_size, memoryview(data)
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
                 os.truncate(self.path, size)
             raise
-        self.rows.append(row)
+        return size
 
     def __enter__(self) -> RowsFile:
         """Begin."""
@@ -131,8 +142,13 @@ class RowsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file and let others write."""
-        self._file.close()
-        os.close(self._lock)
+        self._close()
+
+
+def _beside(path: Path) -> Path:
+    """Return the first of ``rows.old.jsonl``, ``rows.old2.jsonl`` … that is not there: the only copy of former rows."""
+    names = (path.with_suffix(f".old{number if number > 1 else ''}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _line(row: Row) -> bytes:

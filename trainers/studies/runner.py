@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,10 @@ class Study:
         runs: in the order in which they begin: seeds outermost, so that a study that is stopped has whole seeds.
         path: the rows file.
         command: that was typed, for the report.
+        resume: says how to go on where the study was stopped.
         processes: worker processes side by side, one thread each.
         fresh: begin anew even if there are rows.
-        retry_failed: run failed runs again.
+        retry_failed: run those of the runs again that failed.
         until: of ``time.monotonic()``; no run begins after it. None: no limit.
         later: weight of what follows this study, for the time left.
 
@@ -41,6 +42,7 @@ class Study:
     runs: Sequence[Run]
     path: Path
     command: str
+    resume: str = "the same command continues"
     processes: int = 2
     fresh: bool = False
     retry_failed: bool = False
@@ -69,8 +71,8 @@ def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
         StudyError: a configuration that cannot be, rows of other settings, another study writing there, a full disk.
         KeyboardInterrupt: Ctrl-C, after saying how to continue.
     """
-    configs = configurations(study.runs)
-    with RowsFile(study.path, fresh=study.fresh, retry_failed=study.retry_failed) as file:
+    configs, keys = configurations(study.runs), {run.key for run in study.runs}
+    with _opened(study, keys) as file:
         for note in file.notes:
             say(note)
         there = _finished(study, configs, file.rows)
@@ -79,20 +81,32 @@ def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
         try:
             _train(study, [(study.runs[index], configs[index]) for index in missing], file, len(there), say)
         except KeyboardInterrupt:
-            done = {run.key for run in study.runs} & {row["key"] for row in file.rows}
-            say(f"stopped; {len(done)} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
+            done = keys & {row["key"] for row in file.rows}
+            say(f"stopped; {len(done)} of {len(keys)} runs are in {study.path}; {study.resume}")
             raise
-        done = {run.key for run in study.runs} & {row["key"] for row in file.rows}
-        if len(done) < len(study.runs):
-            say(f"the time is up; {len(done)} of {len(study.runs)} runs are in {study.path}. {_continue(study)}")
-        failed = sum(row["status"] == "failed" for row in file.rows)
+        done = keys & {row["key"] for row in file.rows}
+        if len(done) < len(keys):
+            say(f"the time is up; {len(done)} of {len(keys)} runs are in {study.path}; {study.resume}")
+        failed = sum(row["status"] == "failed" and row["key"] in keys for row in file.rows)
         if failed:
             say(f"{failed} runs failed, their rows say why; --retry-failed runs them again")
         return file.rows
 
 
-def _continue(study: Study) -> str:
-    return f"The same command{' without --fresh' if study.fresh else ''} continues."
+def _opened(study: Study, keys: Set[str]) -> RowsFile:
+    """Return the rows file, without the rows that this study makes anew; those of others stay."""
+
+    def again(row: Row) -> bool:
+        return row["status"] == "failed" and row["key"] in keys
+
+    try:
+        return RowsFile(study.path, fresh=study.fresh, drop=again if study.retry_failed and not study.fresh else None)
+    except OSError as error:
+        raise _unwritable(study, error) from None
+
+
+def _unwritable(study: Study, error: OSError) -> StudyError:
+    return StudyError(f"cannot write to {study.path}: {error.strerror}; the rows before are whole; {study.resume}")
 
 
 def _finished(study: Study, configs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> set[str]:
@@ -135,9 +149,7 @@ def _train(
             try:
                 file.append(row)
             except OSError as error:
-                raise StudyError(
-                    f"cannot write to {study.path}: {error.strerror}; the rows before are whole. {_continue(study)}"
-                ) from None
+                raise _unwritable(study, error) from None
             trained += run.weight
             left = (time.monotonic() - began) / trained * (in_all - trained)
             say(f"[{before + done}/{before + len(tasks)}] {_line(row)}; {_duration(left)} left")
