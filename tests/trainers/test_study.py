@@ -1,5 +1,6 @@
 """Studies: the numbers of a run, the rows file, worker processes that die, and the statistics."""
 
+import errno
 import itertools
 import json
 import math
@@ -275,7 +276,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
         try:
-            with pytest.raises(OSError, match="too large"):
+            with pytest.raises(StudyError, match=f"cannot write to {path}: File too large; the rows before are whole"):
                 file.append(row(1))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -415,11 +416,10 @@ def test_ctrl_c_says_how_to_continue_and_a_full_disk_ends_the_study(tmp_path, mo
 
 
 def test_rows_that_cannot_be_written_end_the_study_in_one_line(tmp_path, monkeypatch):
-    def full(self, row):
-        raise OSError(28, "No space left on device")
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(RowsFile, "append", full)
-    monkeypatch.setattr(runner, "Workers", done_at_once(1))
+    monkeypatch.setattr(runner, "Workers", done_at_once(1, lambda: monkeypatch.setattr(os, "fsync", full)))
     message = r"cannot write to .*rows\.jsonl: No space left on device; the rows before are whole; go on so"
     with pytest.raises(StudyError, match=message):
         run_study(study(tmp_path, [tiny_run("a")], fresh=True, resume="go on so"), lambda line: None)

@@ -6,8 +6,8 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,14 +67,13 @@ class RowsFile:
         drop: which rows go, so that their runs are run again; None: with ``fresh`` all, else none.
 
     Raises:
-        StudyError: another process writes here, or a line is not a row.
-        OSError: as in ``append``, found out before a run is trained in vain.
+        StudyError: another process writes here, a line is not a row, or there is no room for another one.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False, drop: Callable[[Row], bool] | None = None) -> None:
         self.path, self.notes = path, list[str]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as opened:
+        with _said_in_one_line(path), ExitStack() as opened:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path.parent, os.O_RDONLY)  # the folder, because the file itself may be replaced
             opened.callback(os.close, lock)
             self._take(lock)
@@ -85,7 +84,7 @@ class RowsFile:
             if drop is not None and any(map(drop, self.rows)):
                 self._keep([row for row in self.rows if not drop(row)], _beside(path) if fresh else None)
             self._file = opened.enter_context(path.open("ab", buffering=0))
-            os.truncate(path, self._write(b" " * _ROOM))
+            os.truncate(path, self._write(b" " * _ROOM))  # before a run is trained in vain
             self._close = opened.pop_all().close
 
     def _take(self, lock: int) -> None:
@@ -116,9 +115,10 @@ class RowsFile:
         """Write one row, whole or not at all.
 
         Raises:
-            OSError: as from the file system, e.g. the disk is full.
+            StudyError: it cannot be written, e.g. the disk is full.
         """
-        self._write(_line(row))
+        with _said_in_one_line(self.path):
+            self._write(_line(row))
         self.rows.append(row)
 
     def _write(self, data: bytes) -> int:
@@ -145,6 +145,14 @@ class RowsFile:
         self._close()
 
 
+@contextmanager
+def _said_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(f"cannot write to {path}: {error.strerror}; the rows before are whole") from None
+
+
 def _beside(path: Path) -> Path:
     """Return the first of ``rows.old.jsonl``, ``rows.old2.jsonl`` … that is not there: the only copy of former rows."""
     names = (path.with_suffix(f".old{number if number > 1 else ''}{path.suffix}") for number in itertools.count(1))
@@ -169,8 +177,13 @@ def changed_settings(config: Mapping[str, Any], overrides: Sequence[str], row: R
     return [
         f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted(keys)
-        if then.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        if then.get(key) != now.get(key) and not is_under(key, FREE_KEYS)
     ]
+
+
+def is_under(name: str, keys: Iterable[str]) -> bool:
+    """Return whether a flat name is one of the keys, or in a group that one of them names."""
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
 
 
 def reasons(rows: Sequence[Row]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,12 @@ def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
         KeyboardInterrupt: Ctrl-C, after saying how to continue.
     """
     configs, keys = configurations(study.runs), {run.key for run in study.runs}
-    with _opened(study, keys) as file:
+
+    def again(row: Row) -> bool:
+        return row["status"] == "failed" and row["key"] in keys
+
+    drop = again if study.retry_failed and not study.fresh else None
+    with RowsFile(study.path, fresh=study.fresh, drop=drop) as file:
         for note in file.notes:
             say(note)
         there = _finished(study, configs, file.rows)
@@ -91,22 +96,6 @@ def run_study(study: Study, say: Callable[[str], None] = print) -> list[Row]:
         if failed:
             say(f"{failed} runs failed, their rows say why; --retry-failed runs them again")
         return file.rows
-
-
-def _opened(study: Study, keys: Set[str]) -> RowsFile:
-    """Return the rows file, without the rows that this study makes anew; those of others stay."""
-
-    def again(row: Row) -> bool:
-        return row["status"] == "failed" and row["key"] in keys
-
-    try:
-        return RowsFile(study.path, fresh=study.fresh, drop=again if study.retry_failed and not study.fresh else None)
-    except OSError as error:
-        raise _unwritable(study, error) from None
-
-
-def _unwritable(study: Study, error: OSError) -> StudyError:
-    return StudyError(f"cannot write to {study.path}: {error.strerror}; the rows before are whole; {study.resume}")
 
 
 def _finished(study: Study, configs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> set[str]:
@@ -148,8 +137,8 @@ def _train(
             }
             try:
                 file.append(row)
-            except OSError as error:
-                raise _unwritable(study, error) from None
+            except StudyError as error:
+                raise StudyError(f"{error}; {study.resume}") from None
             trained += run.weight
             left = (time.monotonic() - began) / trained * (in_all - trained)
             say(f"[{before + done}/{before + len(tasks)}] {_line(row)}; {_duration(left)} left")
