@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from trainers.studies.benchmark import ARMS, Task, Tier, rises, seeds_of
 from trainers.studies.benchmark_tuning import Choice, choices, reference
 from trainers.studies.intervals import Equivalence, Interval, Ratio, equivalence, mean_interval, mean_ratio
-from trainers.studies.rows import Row, by_seed
+from trainers.studies.rows import FREE_KEYS, Row, by_seed, is_under
 from trainers.train import flat_settings
 
 #: What counts as equal, as a share of the baseline's mean.
@@ -26,9 +26,17 @@ _ROUTING = ("max_violation", "valid/geometry/", "valid/recovery")
 #: After the point, of results and differences.
 DIGITS = 4
 
-#: What may differ between runs of an arm, and what may not between arms.
-_SEEDS = ("seed", "data.seed")
-_SHARED = ("data.", "loop.", "model.dim", "model.layers", "model.heads")
+#: What may differ between runs of an arm. Not the device: it decides how fast they are.
+_OF_RUNS = ("seed", "data.seed", *(key for key in FREE_KEYS if key != "device"))
+
+#: What may differ between arms as well: what they are, are tuned in, and what follows from it.
+_OF_ARMS = (
+    *("router", "prior", "optimizer.lr", "optimizer.routers"),
+    *("geometry.step", "geometry.controller", "geometry.fisher", "geometry.regularizers"),
+)
+
+#: And between those that choose experts and those that do not: made of size, which is the same for all.
+_OF_SIZE = ("model.num_experts", "model.top_k", "model.expert_hidden")
 
 #: A curve's points are averaged over so many before a target is looked for in them.
 WINDOW = 5
@@ -153,23 +161,34 @@ def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = N
 def mixed(rows: Sequence[Row]) -> str | None:
     """Return what differs between rows of a task that should not, ``"planted/hash/seed1: model.dim 18, not 16"``.
 
-    All runs of an arm that are judged have one configuration but for the seed; all arms one training, one size and one
-    data set. None: nothing differs.
+    All runs of an arm that are judged have one configuration but for the seed; all arms one but for what they are, and
+    in a seed the same data; all runs one version of each library. None: nothing differs.
 
     Args:
         rows: of a task.
     """
-    first: dict[tuple[str, ...], dict[str, object]] = {}
+    first: dict[tuple[object, ...], dict[str, object]] = {}
     for row in rows:
-        settings = {name: value for name, value in flat_settings(row["configuration"]).items() if name not in _SEEDS}
-        shared = {name: value for name, value in settings.items() if name.startswith(_SHARED)}
-        arm, phase = row["labels"]["arm"], row["labels"]["phase"]
-        for group, own in (((phase,), shared), *([((phase, arm), settings)] if phase != "tuning" else [])):
-            then = first.setdefault(group, own)
-            for name in sorted(then.keys() & own.keys()):
-                if then[name] != own[name]:
-                    return f"{row['key']}: {name} {own[name]}, not {then[name]}"
+        for group, own in _alike(row):
+            then = first.setdefault(group, {})
+            for name, value in sorted(own.items()):
+                if then.setdefault(name, value) != value:  # a key that came later did not exist then
+                    return f"{row['key']}: {name} {value}, not {then[name]}"
     return None
+
+
+def _alike(row: Row) -> Iterator[tuple[tuple[object, ...], dict[str, object]]]:
+    """Yield groups of rows that a row belongs to, and what is the same in all of a group."""
+    arm, phase, flat = row["labels"]["arm"], row["labels"]["phase"], flat_settings(row["configuration"])
+    settings = {name: value for name, value in flat.items() if not is_under(name, _OF_RUNS)}
+    of_arms = (*_OF_ARMS, *(_OF_SIZE if arm in NO_CHOICE else ()))
+    yield (), {name: version for name, version in row["versions"].items() if name != "python"}
+    yield (phase == "tuning",), {name: value for name, value in settings.items() if not is_under(name, of_arms)}
+    if phase != "tuning":
+        yield (phase, arm), settings
+    if row["data"] is not None:  # else the run failed before it had any
+        seed = row["seed"] if ".planted." in flat["data._target_"] else None  # planted data are drawn by it
+        yield (phase == "tuning", "data", seed), {"data": row["data"]}
 
 
 def unchosen(results: Results) -> str | None:

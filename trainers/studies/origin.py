@@ -22,12 +22,17 @@ CODE = ("moegeo_router", "trainers", "configs")
 
 def origin() -> dict[str, Any]:
     """Return ``commit``, ``versions`` and ``hardware`` of what runs here, plain JSON."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "geoopt")}
     return {
         "commit": commit(ROOT),
-        "versions": {"python": platform.python_version(), **versions, "moegeo_router": mg.__version__},
+        "versions": {"python": platform.python_version(), **libraries()},
         "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), **_accelerator()},
     }
+
+
+def libraries() -> dict[str, str]:
+    """Return the versions of the libraries that decide the numbers."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "geoopt")}
+    return versions | {"moegeo_router": mg.__version__}
 
 
 def _accelerator() -> dict[str, str]:
@@ -58,10 +63,11 @@ def cpu_model() -> str:
 
 
 def origin_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return where rows come from: commands, dates, commits, hardware, seeds."""
+    """Return where rows come from: commands, dates, commits, hardware, versions, seeds."""
     machines = _unique(_machine(row["hardware"]) for row in rows)
     dates = sorted({row["started"][:10] for row in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    names = _unique(name for row in rows for name in row["versions"])
+    versions = ", ".join(f"{name} {' and '.join(_versions(rows, name))}" for name in names)
     return [
         *(f"- command: `{command}`" for command in _unique(row["command"] for row in rows)),
         f"- date: {dates[0]}{'' if len(dates) == 1 else f' to {dates[-1]}'}",
@@ -70,6 +76,10 @@ def origin_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"- seeds: {len({row['seed'] for row in rows})}; {len(rows)} runs, "
         f"{sum(row['seconds'] for row in rows) / len(rows):.0f} s each",
     ]
+
+
+def _versions(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    return _unique(row["versions"][name] for row in rows if name in row["versions"])
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
