@@ -219,6 +219,8 @@ def test_report_says_what_the_rows_say(tmp_path):
     assert cells(text, "hash")[0] == "4 of 5 (1 missing)"
     assert cells(text, "hash")[-1] == "worse"
     assert cells(text, "dense")[0] == "4 of 5 (1 without a result)"
+    assert cells(text, "dense")[-1].endswith(" (1 without a result)")
+    assert summary["dense"].endswith(" (1 without a result)")
     assert cells(text, "soft") == ["0 of 5 (5 missing)", "-", "-", "-", "-", "missing"]
     assert "- planted/dense/seed1: diverged, NaN or inf at step 3" in text
     missing = "".join(f"- {task}: no rows\n" for task in ("language", "fashion_mnist", "cifar10", "multidomain"))
@@ -266,6 +268,21 @@ def test_report_has_routing_speed_and_tuning(tmp_path):
     assert cells(text, "hash", 3) == ["2.200", "2.100", "**2.000**", "2.100", "2.200", "2.300", ""]
     assert "| arm | lr 0.0014 | lr 0.002 | lr 0.0028 | lr 0.004 | lr 0.0057 | lr 0.008 | |" in text
     assert "Not tuned: linear, Switch loss and z-loss; " in text
+
+
+def test_seeds_that_either_side_lost_are_told_beside_the_verdict(tmp_path):
+    rows = rows_of()
+    for row in rows:
+        if row["key"] in ("planted/linear_bias/seed3", "planted/linear_bias/seed7", "planted/linear_switch/seed0"):
+            row |= {"status": "failed", "reason": "out of memory", "results": {}}
+        if row["key"].startswith("planted/hash/seed"):
+            row |= {"status": "diverged", "results": {}}
+    text = written(tmp_path, rows)
+    assert cells(text, "polar_natural")[-1] == "equivalent (too few pairs) (2 without a result)"
+    assert cells(text, "linear_switch")[-1] == "better (2 without a result)"  # its seed 0, and seed 3; it has no seed 7
+    assert cells(text, "hash")[-1] == "missing (4 without a result)"
+    assert cells(text, "polar_natural", 1)[-1] == "worse (too few pairs) (1 without a result)"
+    assert "| hash | - (4 without a result) |" in text
 
 
 def test_what_a_controller_did_not_do_is_said(tmp_path):

@@ -128,7 +128,7 @@ def _gain(results: Results, arm: str) -> str:
     found = results.gain(arm)
     if found is None or found.n < 2:  # one pair is no result
         mean = results.mean(arm, results.task.primary)
-        return f"{mean.mean:.4g}: the baseline" if mean and arm == results.reference else "-"
+        return f"{mean.mean:.4g}: the baseline" if mean and arm == results.reference else f"-{_lost(results, arm)}"
     verdict = _verdict(results, arm, results.compared(arm, results.task.primary))
     return f"{with_pairs(found, digits=2)}, {verdict}"
 
@@ -214,7 +214,8 @@ def _verdicts(results: Results) -> Iterator[str]:
         yield "|---|---|---|---|---|"
         for arm in ARMS:
             if ARMS[arm].ours and (found := results.compared(arm, primary, best)) is not None:
-                yield f"| {ARMS[arm].title} | {' | '.join((*_difference(found), _verdict(results, arm, found)))} |"
+                verdict = _verdict(results, arm, found, best)
+                yield f"| {ARMS[arm].title} | {' | '.join((*_difference(found), verdict))} |"
 
 
 def _runs(results: Results, arm: str) -> str:
@@ -236,10 +237,15 @@ def _difference(found: Equivalence | None) -> tuple[str, str, str]:
     return with_pairs(found.difference, DIGITS), percent, p
 
 
-def _verdict(results: Results, arm: str, found: Equivalence | None) -> str:
+def _verdict(results: Results, arm: str, found: Equivalence | None, to: str | None = None) -> str:
     if arm == results.reference:
         return "the baseline"
     if found is None:
-        return "missing"
-    few = ARMS[arm].ours and found.difference.n < LEAST_SEEDS
-    return found.verdict(rises(results.task.primary)) + (" (too few pairs)" if few else "")
+        return f"missing{_lost(results, arm, to)}"
+    few = " (too few pairs)" if ARMS[arm].ours and found.difference.n < LEAST_SEEDS else ""
+    return f"{found.verdict(rises(results.task.primary))}{few}{_lost(results, arm, to)}"
+
+
+def _lost(results: Results, arm: str, to: str | None = None) -> str:
+    lost = results.lost(arm, to)
+    return f" ({lost} without a result)" if lost else ""

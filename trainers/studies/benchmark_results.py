@@ -76,6 +76,17 @@ class Results:
         settings = [choice.setting for name, choice in self.choices.items() if name in (arm, other)]
         return self.main(other) if not own and len(settings) == 2 and settings[0] == settings[1] else own
 
+    def lost(self, arm: str, to: str | None = None) -> int:
+        """How many of an arm's seeds are missing in a comparison because a run came to nothing, its own or the other's.
+
+        Args:
+            arm: the arm.
+            to: as in ``compared``.
+        """
+        sides = [self.main(arm), self.main(self.reference if to is None else to)]
+        lost = {row["seed"] for rows in sides for row in rows if row["status"] != "done"}
+        return len(lost & {row["seed"] for row in sides[0]})
+
     def effect(self, arm: str, name: str) -> Equivalence | None:
         """What an arm's controller changes in a result, paired over seeds."""
         return equivalence(self.values(arm, name), by_seed(self.without(arm), name), MARGIN)
