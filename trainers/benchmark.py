@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.command import Parser, one_line_mistakes
+from trainers.command import Parser, how_to_resume, one_line_mistakes
 from trainers.studies.benchmark import ARMS, TIERS, TOY, Tier
 from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_stages import Benchmark
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark.run()
         for written in write_benchmark(benchmark):
             print(written)
-    if benchmark.broken:
+    if benchmark.broken or benchmark.missing:
         sys.exit(2)  # why has been said
 
 
@@ -57,15 +57,19 @@ def commands(benchmark: Benchmark) -> Iterator[str]:
 def _benchmark(options: argparse.Namespace, command: str) -> Benchmark:
     tier = _tier(options)
     minutes = tier.minutes if options.slice is None else options.slice
+    out = options.out or Path("runs" if _is_toy(tier) else "docs/results") / f"benchmark-{tier.name}"
+    anew = _is_toy(tier) and options.out is None and not (options.report or options.commands)
+    arms = options.arms or tuple(ARMS)
     return Benchmark(
         tier=tier,
-        out=options.out or Path("runs" if _is_toy(tier) else "docs/results") / f"benchmark-{tier.name}",
+        out=out,
         command=command,
+        resume=how_to_resume(fresh=options.fresh, out=out if anew else None),
         tasks=options.tasks or (),
-        arms=options.arms or tuple(ARMS),
+        arms=arms,
         seeds=options.seeds,
         processes=options.processes,
-        fresh=options.fresh or (_is_toy(tier) and options.out is None and not (options.report or options.commands)),
+        fresh=tuple(ARMS) if anew else arms if options.fresh else (),
         retry_failed=options.retry_failed,
         until=None if minutes is None else time.monotonic() + 60 * minutes,
     )
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of rows and report (docs/results/benchmark-TIER)")
     parser.add_argument("--report", action="store_true", help="only write the report of the rows that are there")
     parser.add_argument("--commands", action="store_true", help="print how each run is trained alone; train nothing")
-    parser.add_argument("--fresh", action="store_true", help="begin anew; the former rows become rows.old.jsonl")
+    parser.add_argument("--fresh", action="store_true", help="begin the arms anew; the rows that were are kept beside")
     parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     parser.add_argument("--toy", action="store_true", help="gpu: at toy size on the CPU, to see that it runs")
     return parser

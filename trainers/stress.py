@@ -168,7 +168,7 @@ def _common(study: argparse.ArgumentParser, name: str, seeds: int) -> None:
     study.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (2)")
     study.add_argument("--smoke", action="store_true", help="a toy grid in seconds, to see that it runs")
     study.add_argument("--report", action="store_true", help="only write the report of the rows that are there")
-    study.add_argument("--fresh", action="store_true", help="begin anew; the former rows stay in rows.old.jsonl")
+    study.add_argument("--fresh", action="store_true", help="begin anew; the rows that were are kept beside")
     study.add_argument("--retry-failed", action="store_true", help="run failed runs again")
 
 

@@ -1,10 +1,7 @@
-"""The benchmark: its arms and tasks, the tuning grid and what it chooses, its command, and what goes wrong in it."""
+"""The benchmark: its arms and tasks, the tuning grid and what it chooses."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 from functools import partial
 from typing import Any
 
@@ -12,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.runs import CONFIGS, configuration
+from tests.support.runs import CONFIGS
 from tests.support.studies import benchmark_rows
-from trainers import benchmark as command
 from trainers.models.language import LanguageModel
-from trainers.studies import benchmark_stages
 from trainers.studies.benchmark import (
     ARMS,
     CANDIDATES,
@@ -29,15 +24,12 @@ from trainers.studies.benchmark import (
     settings,
     tuning_runs,
 )
-from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tuning import choices, reference
-from trainers.studies.rows import read_rows
-from trainers.studies.runs import DataCache, Run, StudyError, configurations, train_run
-from trainers.train import train
+from trainers.studies.runs import DataCache, Run, configurations, train_run
 
 torch.set_num_threads(1)
 
-CPU, SMOKE = TIERS["cpu"], TIERS["smoke"]
+CPU, GPU, SMOKE = TIERS["cpu"], TIERS["gpu"], TIERS["smoke"]
 
 
 def main_config(arm: str, task: str = "planted", tier: Any = CPU) -> dict[str, Any]:
@@ -56,9 +48,14 @@ def test_every_arm_is_a_configuration():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_composes_in_every_task_and_has_nothing_but_its_own(arm):
-    places = ((CPU, "language"), (CPU, "fashion_mnist"), (TOY, "language_64"))
-    runs = [tuning_runs(tier, task, arm)[-1] for tier, task in places]
-    for run, config in zip(runs, configurations(runs), strict=True):
+    places = (
+        (CPU, "language", "cpu"),
+        (CPU, "fashion_mnist", "cpu"),
+        (GPU, "language_64", "cuda"),
+        (TOY, "language_64", "cpu"),
+    )
+    runs = [tuning_runs(tier, task, arm)[-1] for tier, task, _ in places]
+    for run, config, (_, _, device) in zip(runs, configurations(runs), places, strict=True):
         weights = {name: value for name, value in config["geometry"]["regularizers"].items() if name != "_target_"}
         on = {name for name in ("fsi", "fhs", "dispersion", "information", "balance", "z") if weights[name]}
         assert on == {
@@ -72,9 +69,7 @@ def test_every_arm_composes_in_every_task_and_has_nothing_but_its_own(arm):
         assert config["seed"] == config["data"]["seed"] == TUNING_SEED
         assert bool(config["prior"]) == (arm == "linear_bias")
         assert config["optimizer"]["lr"] == run.labels["setting"]["optimizer.lr"]
-        assert config["device"] == (
-            "cuda" if "cuda" in str(run.overrides) and "device=cpu" not in run.overrides else "cpu"
-        )
+        assert config["device"] == device
 
 
 def test_dense_and_soft_take_their_size_from_the_task_whatever_the_tier():
@@ -207,171 +202,6 @@ def test_what_the_question_is_about_comes_first_and_has_more_seeds():
     assert f"seed={TUNING_SEED}" not in {override for run in runs for override in run.overrides}
     assert seeds_of(CPU, ["dense", "polar_natural"], 2) == {"polar_natural": 2, "dense": 2}
     assert seeds_of(CPU, ["dense", "polar_natural"], 7) == {"polar_natural": 7, "dense": 5}
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-FEW = ["smoke", "--tasks", "planted", "--arms", "linear_switch", "polar_natural"]
-
-
-def ran(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = 0
-    try:
-        command.main([*arguments])
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    out, error = capsys.readouterr()
-    return code, out, error
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A benchmark of two arms that was run by two commands, the first of which had no time."""
-    out = tmp_path_factory.mktemp("benchmark")
-    benchmark = Benchmark(tier=SMOKE, out=out, command="a command", tasks=["planted"], arms=FEW[4:], until=0.0)
-    said: list[str] = []
-    benchmark.say = said.append
-    benchmark.run()
-    assert said == ["6 runs are left; the same command continues"]
-    command.main([*FEW, "--out", str(out)])
-    return out
-
-
-def test_it_tunes_trains_and_reports(finished, capsys):
-    found = read_rows(finished / "planted" / "rows.jsonl")
-    assert [row["labels"]["phase"] for row in found] == ["tuning"] * 4 + ["main"] * 2
-    assert {row["status"] for row in found} == {"done"}
-    assert {row["study"] for row in found} == {"benchmark-smoke"}
-    for row in found[4:]:
-        tried = [other for other in found[:4] if other["labels"]["arm"] == row["labels"]["arm"]]
-        best = min(tried, key=lambda other: other["results"]["valid/loss"])
-        assert row["labels"]["setting"] == best["labels"]["setting"]
-        assert row["configuration"]["optimizer"]["lr"] == best["labels"]["setting"]["optimizer.lr"]
-        assert row["seed"] == 0
-    text = (finished / "benchmark.md").read_text()
-    assert "The baseline is linear, Switch loss, of 1 that are tuned." in text
-    assert "- vision: no rows" in text
-    assert "| dense | 0 of 1 (1 missing) | - | - | - | - | missing |" in text
-    assert f"{found[5]['results']['valid/loss']:.4f}" in text
-    assert (finished / "differences.png").stat().st_size > 1000
-
-
-def test_again_there_is_nothing_to_do_and_the_choice_is_the_same(finished, capsys):
-    before = (finished / "planted" / "rows.jsonl").read_bytes()
-    code, out, error = ran(capsys, *FEW, "--out", str(finished), "--slice", "5")
-    assert (code, error) == (0, "")
-    assert "4 runs, 4 of them done before" in out
-    assert "2 runs, 2 of them done before" in out
-    assert (finished / "planted" / "rows.jsonl").read_bytes() == before
-
-
-def test_a_run_alone_by_hydra_ends_where_the_benchmarks_did(finished, capsys, tmp_path):
-    code, out, _ = ran(capsys, *FEW, "--out", str(finished), "--commands")
-    lines = out.splitlines()
-    assert (code, len(lines)) == (0, 2)
-    assert lines[0].startswith("python -m trainers.train ")
-    train(configuration(*shlex.split(lines[1])[3:], f"directory={tmp_path}/run"))
-    loss = next(
-        row["valid/loss"]
-        for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-        if "valid/loss" in row
-    )
-    row = read_rows(finished / "planted" / "rows.jsonl")[5]
-    assert row["labels"]["arm"] == "polar_natural"
-    assert loss == pytest.approx(row["results"]["valid/loss"], rel=1e-6)
-
-
-def test_rows_of_other_settings_stop_their_task_alone(finished, capsys, tmp_path):
-    shutil.copytree(finished / "planted", tmp_path / "planted")
-    path = tmp_path / "planted" / "rows.jsonl"
-    path.write_text(path.read_text().replace('"dim":16', '"dim":18'))
-    before = path.read_bytes()
-    arguments = ("--arms", "linear_switch", "--tasks", "planted", "vision", "--out", str(tmp_path))
-    code, out, error = ran(capsys, "smoke", *arguments)
-    assert (code, error) == (2, "")
-    line = next(line for line in out.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: planted is left out: ")
-    assert "with other settings (model.dim: 18 then, 16 now)" in line
-    assert path.read_bytes() == before
-    assert len(read_rows(tmp_path / "vision" / "rows.jsonl")) == 3
-    text = (tmp_path / "benchmark.md").read_text()
-    assert "Not finished: " in text.partition("## Planted images")[0]
-    assert "with other settings (model.dim: 18 then, 16 now)" in text
-
-
-def test_a_task_without_its_files_is_left_out_in_one_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.delenv("MOEGEO_DATA", raising=False)
-    said: list[str] = []
-    benchmark = Benchmark(
-        tier=CPU, out=tmp_path, command="", tasks=["language", "cifar10"], arms=["dense"], say=said.append
-    )
-    benchmark.run()
-    assert [*benchmark.broken] == ["language", "cifar10"]
-    assert len(said) == 2
-    assert said[0].startswith("error: language is left out: expected the folder that holds enwiki-2015/")
-    assert "MOEGEO_DATA" in said[0]
-    code, _, error = ran(capsys, "cpu", "--tasks", "language", "--out", str(tmp_path))
-    assert (code, error) == (2, f"error: there are no rows in {tmp_path}, and nothing to report\n")
-
-
-def test_a_full_disk_is_said_for_each_task(tmp_path, monkeypatch):
-    def full(study, say):
-        raise StudyError(f"cannot write to {study.path}: No space left on device; the rows before are whole.")
-
-    monkeypatch.setattr(benchmark_stages, "run_study", full)
-    said: list[str] = []
-    benchmark = Benchmark(tier=SMOKE, out=tmp_path, command="", arms=["dense"], say=said.append)
-    benchmark.run()
-    assert [*benchmark.broken] == ["planted", "vision"]
-    assert [line.split(": ")[1] for line in said] == ["planted is left out", "vision is left out"]
-    assert all("No space left on device" in line for line in said)
-
-
-def test_an_arm_that_does_not_compose_and_one_that_diverges_leave_the_others_alone(tmp_path, monkeypatch):
-    whole = configurations
-
-    def refused(runs):
-        runs = list(runs)
-        if any("arm=soft" in run.overrides for run in runs):
-            raise StudyError("x: In 'train': Could not find 'router/none'")
-        return whole(runs)
-
-    monkeypatch.setattr(benchmark_stages, "configurations", refused)
-    monkeypatch.setitem(ARMS, "dense", type(ARMS["dense"])(title="dense", knob=("optimizer.lr", (1e20, 1e19))))
-    said: list[str] = []
-    arms = ["linear_switch", "soft", "dense"]
-    benchmark = Benchmark(tier=SMOKE, out=tmp_path, command="", tasks=["planted"], arms=arms, say=said.append)
-    benchmark.run()
-    assert [line for line in said if line.startswith("error")] == [
-        "error: arm soft of planted is left out: x: In 'train': Could not find 'router/none'"
-    ]
-    found = read_rows(tmp_path / "planted" / "rows.jsonl")
-    assert [(row["labels"]["arm"], row["labels"]["phase"], row["status"]) for row in found] == [
-        ("linear_switch", "tuning", "done"),
-        ("linear_switch", "tuning", "done"),
-        ("dense", "tuning", "diverged"),
-        ("dense", "tuning", "diverged"),
-        ("linear_switch", "main", "done"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["huge"], "argument TIER: invalid choice: 'huge'"),
-        (["smoke", "--arms", "none"], "there is no arm none; the arms are linear_switch, "),
-        (["smoke", "--tasks", "language"], "there is no task language; the tasks are planted, vision"),
-        (["smoke", "--seeds", "0"], "expected a seed or more, got 0"),
-        (["cpu", "--toy"], "--toy is the gpu tier at toy size"),
-        (["smoke", "--report", "--out", "nowhere"], "there are no rows in nowhere"),
-        (["smoke", "--commands", "--out", "nowhere"], "nothing in nowhere is tuned yet"),
-    ],
-)
-def test_mistakes_are_one_line(capsys, arguments, message):
-    code, _, error = ran(capsys, *arguments)
-    assert code == 2
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_the_gpus_tasks_train_at_toy_size_in_bf16(tmp_path):

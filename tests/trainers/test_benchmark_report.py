@@ -314,8 +314,8 @@ def test_what_a_controller_did_not_do_is_said(tmp_path):
     found = results_of(CPU, "planted", rows + acting)
     assert found.effect("polar_natural_act", "valid/loss") is None
     runs = main_runs(CPU, "planted", {"polar_natural_act": other}, {"polar_natural_act": 4})
-    own = [run for run in runs if run.labels["phase"] == "without"]
-    acting += benchmark_rows(CPU, own, [1.5, 1.5, 1.5, 1.5])
+    in_turn = [loss for acted in (*theirs[:3], 1.0) for loss in (acted, 1.5)]  # with it and without
+    acting = acting[4:] + benchmark_rows(CPU, runs, in_turn)
     found = results_of(CPU, "planted", rows + acting)
     effect = found.effect("polar_natural_act", "valid/loss")
     assert effect is not None
@@ -364,16 +364,21 @@ def test_rows_of_mixed_settings_are_no_report(tmp_path, key, change, message):
         write_benchmark(Benchmark(tier=CPU, out=tmp_path, command=""))
 
 
-def test_runs_that_tuning_did_not_choose_are_no_report(tmp_path):
+@pytest.mark.parametrize("phase", ["main", "without"])
+def test_an_arm_whose_runs_tuning_did_not_choose_is_missing(tmp_path, phase):
     rows = rows_of()
     tuned = [row for row in rows if row["key"].startswith("planted/tuning/polar_natural/")]
     losses = {row["key"]: row["results"]["valid/loss"] for row in tuned}
     now = max(tuned, key=lambda row: losses[row["key"]])  # tuned again, another one is the best
     now["results"] |= {"valid/loss": 0.1}
-    setting = next(row["labels"]["setting"] for row in rows if row["key"] == "planted/polar_natural/seed0")
-    assert setting != now["labels"]["setting"]
-    with pytest.raises(StudyError, match=r"not trained with what tuning chose \(planted/polar_natural/seed0: .*, not "):
-        written(tmp_path, rows)
+    first = next(row for row in rows if row["key"] == "planted/polar_natural/seed0")
+    if phase == "without":
+        rows = [row for row in rows if row is first or row in tuned or row["labels"]["arm"] != "polar_natural"]
+        first["labels"] |= {"phase": "without"}
+    text = written(tmp_path, rows)
+    verdict = "missing: planted/polar_natural/seed0 has optimizer.lr 0.004, and tuning chose 0.008"
+    assert cells(text, "polar_natural") == ["0 of 10 (10 missing)", "-", "-", "-", "-", verdict]
+    assert cells(text, "hash")[-1] == "worse"
 
 
 def test_a_report_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):

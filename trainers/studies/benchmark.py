@@ -75,7 +75,6 @@ class Task:
         title: in reports: the data, a comma, what is measured.
         experiment: of configs/experiment/benchmark.
         metrics: results and their headings; the first decides.
-        files: what must be there, one of each data set, under the folder of the data sets.
         size: overrides that make it larger or smaller than the experiment.
         tuning: overrides of the tuning runs alone.
         tuned_on: what their loss is of, for the report.
@@ -90,7 +89,6 @@ class Task:
     title: str
     experiment: str
     metrics: Mapping[str, str]
-    files: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
     tuning: tuple[str, ...] = ()
     tuned_on: str = "the held-out data that judge as well"
@@ -139,7 +137,6 @@ _LANGUAGE = Task(
         "probe/wikitext2_valid/bits_per_byte": "WikiText-2 valid",
         "probe/wikitext2_test/bits_per_byte": "WikiText-2 test",
     },
-    files=("enwiki-2015/enwiki2015.train.txt.xz", "wikitext-2/wiki.test.tokens.xz"),
     tuned_on="32,768 bytes of the split that judges; 1.6% of the bytes that judge are among them",
     steps=1560,
     seconds=100,
@@ -148,7 +145,6 @@ _VISION = Task(
     title="Fashion-MNIST, accuracy",
     experiment="fashion_mnist",
     metrics=_ACCURACY,
-    files=("fashion-mnist/train-images-idx3-ubyte.gz",),
     tuning=("data.split=valid",),  # no look at the test images
     tuned_on="the last 5,000 train images, which are not trained on then",
     steps=1000,
@@ -176,7 +172,6 @@ CPU_TASKS: Mapping[str, Task] = {
         _VISION,
         title="CIFAR-10 (first half of train), accuracy",
         experiment="cifar10",
-        files=("cifar10/labels.npz",),
         rates=(0.001, 0.002, 0.004),  # of 0.002 to 0.008 every arm took the least
         seconds=150,
     ),
@@ -188,7 +183,6 @@ CPU_TASKS: Mapping[str, Task] = {
         tuning=("data.split=valid",),  # no look at the documents that judge
         tuned_on="other documents, which are not trained on then",
         domains=True,
-        files=("multidomain/gsm8k/train.jsonl.xz",),
         observed={"valid/geometry/fsi_domain": "FSI of domains", "valid/geometry/fsi_domain_null": "its null"},
     ),
     "planted": _PLANTED,
@@ -207,8 +201,8 @@ def _smoke(task: Task, title: str, *size: str) -> Task:
 
 
 def _untuned(task: Task) -> Task:
-    """Return a task without files and without data of its own to tune on."""
-    return replace(task, files=(), tuning=(), tuned_on=Task.tuned_on)
+    """Return a task without data of its own to tune on."""
+    return replace(task, tuning=(), tuned_on=Task.tuned_on)
 
 
 #: Small data that every installation has.

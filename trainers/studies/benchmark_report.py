@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers.studies.benchmark import ARMS, rises
 from trainers.studies.benchmark_figure import write_curves, write_differences
-from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of, unchosen
+from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tables import write_tables
 from trainers.studies.files import write_whole
@@ -38,9 +38,14 @@ def write_benchmark(benchmark: Benchmark) -> list[Path]:
         StudyError: no task has rows that can be reported.
     """
     results, absent = _collected(benchmark)
+    wrong = {task: why for task, why in absent.items() if why != _NO_ROWS}
     if not results:
-        wrong = [why for why in absent.values() if why != _NO_ROWS]
-        raise StudyError("; ".join(wrong) or f"there are no rows in {benchmark.out}, and nothing to report")
+        raise StudyError("; ".join(wrong.values()) or f"there are no rows in {benchmark.out}, and nothing to report")
+    for task, why in wrong.items():
+        benchmark.leave_out(task, why)
+    for task, found in results.items():
+        for arm, why in found.unchosen.items():
+            benchmark.leave_out(task, why, arm)
     text, differences, curves = (benchmark.out / name for name in ("benchmark.md", "differences.png", "curves.png"))
     pictures = [
         *([differences] if write_differences(results, differences) else []),
@@ -71,14 +76,9 @@ def _results(benchmark: Benchmark, task: str) -> Results:
     tier, path, rows = benchmark.tier, benchmark.path(task), benchmark.rows(task)
     if not rows:
         raise StudyError(_NO_ROWS)
-    if other := next((row["study"] for row in rows if row["study"] != tier.study), None):
-        raise StudyError(f"{path} holds rows of {other}, not of {tier.study}")
     if difference := mixed(rows):
         raise StudyError(f"{path} holds rows of different settings ({difference})")
-    found = results_of(tier, task, rows, benchmark.seeds)
-    if difference := unchosen(found):
-        raise StudyError(f"{path} holds runs that were not trained with what tuning chose ({difference})")
-    return found
+    return results_of(tier, task, rows, benchmark.seeds)
 
 
 _METHOD = (
@@ -238,6 +238,8 @@ def _difference(found: Equivalence | None) -> tuple[str, str, str]:
 
 
 def _verdict(results: Results, arm: str, found: Equivalence | None, to: str | None = None) -> str:
+    if arm in results.unchosen:
+        return f"missing: {results.unchosen[arm]}"
     if arm == results.reference:
         return "the baseline"
     if found is None:

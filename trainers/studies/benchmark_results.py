@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from trainers.studies.benchmark import ARMS, Task, Tier, rises, seeds_of
-from trainers.studies.benchmark_tuning import Choice, choices, reference
+from trainers.studies.benchmark_tuning import Choice, choices, reference, unchosen
 from trainers.studies.intervals import Equivalence, Interval, Ratio, equivalence, mean_interval, mean_ratio
 from trainers.studies.rows import FREE_KEYS, Row, by_seed, is_under
 from trainers.train import flat_settings
@@ -48,10 +48,11 @@ class Results:
 
     Attributes:
         task: the task.
-        rows: all of its rows, those of tuning included.
+        rows: all of its rows, those of tuning included; but for those of ``unchosen``.
         choices: what tuning chose, by arm.
         reference: the linear baseline that tuned best; None: none has.
         expected: how many seeds each arm should have, in the order of ``ARMS``.
+        unchosen: arms whose runs had another setting than tuning chose, and what differs.
     """
 
     task: Task
@@ -59,6 +60,7 @@ class Results:
     choices: Mapping[str, Choice]
     reference: str | None
     expected: Mapping[str, int]
+    unchosen: Mapping[str, str]
 
     @property
     def judged(self) -> list[Row]:
@@ -166,7 +168,9 @@ def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = N
         seeds: as in ``seeds_of``.
     """
     found = choices(tier, task, rows)
-    return Results(tier.tasks[task], rows, found, reference(found), seeds_of(tier, tuple(ARMS), seeds))
+    wrong = unchosen(rows, found)
+    valid = [row for row in rows if row["labels"]["phase"] == "tuning" or row["labels"]["arm"] not in wrong]
+    return Results(tier.tasks[task], valid, found, reference(found), seeds_of(tier, tuple(ARMS), seeds), wrong)
 
 
 def mixed(rows: Sequence[Row]) -> str | None:
@@ -200,22 +204,6 @@ def _alike(row: Row) -> Iterator[tuple[tuple[object, ...], dict[str, object]]]:
     if row["data"] is not None:  # else the run failed before it had any
         seed = row["seed"] if ".planted." in flat["data._target_"] else None  # planted data are drawn by it
         yield (phase == "tuning", "data", seed), {"data": row["data"]}
-
-
-def unchosen(results: Results) -> str | None:
-    """Return how a judged run differs from what tuning chose, ``"planted/hash/seed1: optimizer.lr 0.002, not 0.004"``.
-
-    Tuning that is done again may choose something else than what the runs that are there had. None: none differs.
-
-    Args:
-        results: of a task.
-    """
-    for row in results.judged:
-        choice, setting = results.choices.get(row["labels"]["arm"]), row["labels"]["setting"]
-        for key, value in choice.setting.items() if choice is not None else ():
-            if setting.get(key) != value:
-                return f"{row['key']}: {key} {setting.get(key)}, not {value}"
-    return None
 
 
 def _max_violation(rows: Sequence[Row]) -> dict[int, float]:

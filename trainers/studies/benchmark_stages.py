@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.data.base import data_file
-from trainers.studies.benchmark import ARMS, LEADING, Task, Tier, main_key, main_runs, seeds_of, tuning_runs
-from trainers.studies.benchmark_tuning import Choice, choices
-from trainers.studies.rows import Row, read_rows
+from trainers.studies.benchmark import ARMS, LEADING, Tier, main_key, main_runs, seeds_of, tuning_runs
+from trainers.studies.benchmark_ready import check_ready
+from trainers.studies.benchmark_tuning import Choice, choices, unchosen
+from trainers.studies.rows import Row, RowsFile, read_rows
 from trainers.studies.runner import Study, run_study
 from trainers.studies.runs import Run, StudyError, configurations
 
@@ -40,13 +40,15 @@ class Benchmark:
         command: that was typed.
         tasks: names of the tier's tasks.
         arms: names of ``ARMS``.
-        seeds: of ours and the best linear baseline; None: the tier's.
+        resume: as in ``Study``.
+        seeds: of ours and the linear baselines; None: the tier's.
         processes: side by side; None: the tier's.
-        fresh: begin anew.
-        retry_failed: run failed runs again.
+        fresh: names of the arms that begin anew; all of them: whatever the rows are.
+        retry_failed: run failed runs of the arms again.
         until: of ``time.monotonic()``; no run begins after it.
         say: takes the lines for the terminal.
-        broken: tasks that could not go on, and why; filled by ``run``.
+        broken: tasks that are left out, and why.
+        missing: arms that are left out, by task and arm, and why.
 
     Raises:
         StudyError: an unknown task or arm, or no seed.
@@ -55,17 +57,19 @@ class Benchmark:
     tier: Tier
     out: Path
     command: str
+    resume: str = "the same command continues"
     tasks: Sequence[str] = ()
     arms: Sequence[str] = tuple(ARMS)
     seeds: int | None = None
     processes: int | None = None
-    fresh: bool = False
+    fresh: Sequence[str] = ()
     retry_failed: bool = False
     until: float | None = None
     say: Callable[[str], None] = print
     broken: dict[str, str] = field(default_factory=dict)
+    missing: dict[tuple[str, str], str] = field(default_factory=dict)
+    _ready: set[str] = field(default_factory=set)
     _begun: set[str] = field(default_factory=set)
-    _missing: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.tasks = list(dict.fromkeys(self.tasks or self.tier.tasks))
@@ -88,7 +92,7 @@ class Benchmark:
             if stage.task not in self.broken:
                 self._stage(stage, stages[number + 1 :])
         if self.over and (left := sum(len(self._open(stage)) for stage in stages)):
-            self.say(f"{left} runs are left; the same command continues{' without --fresh' if self.fresh else ''}")
+            self.say(f"{left} runs are left; {self.resume}")
 
     @property
     def over(self) -> bool:
@@ -100,8 +104,24 @@ class Benchmark:
         return self.out / task / "rows.jsonl"
 
     def rows(self, task: str) -> list[Row]:
-        """The rows of a task."""
-        return read_rows(self.path(task))
+        """The rows of a task.
+
+        Raises:
+            StudyError: they are another study's, or as in ``read_rows``.
+        """
+        rows = read_rows(self.path(task))
+        if other := next((row["study"] for row in rows if row["study"] != self.tier.study), None):
+            raise StudyError(f"{self.path(task)} holds rows of {other}, not of {self.tier.study}")
+        return rows
+
+    def leave_out(self, task: str, why: str, arm: str | None = None) -> None:
+        """Go on without a task, or without one of its arms; say why, once."""
+        if arm is None and task not in self.broken:
+            self.broken[task] = why
+            self.say(f"error: {task} is left out: {why}")
+        elif arm is not None and (task, arm) not in self.missing:
+            self.missing[task, arm] = why
+            self.say(f"error: arm {arm} of {task} is left out: {why}")
 
     def main_runs(self, task: str, leading: bool | None = None) -> list[Run]:
         """Return the runs that are judged, of the arms that are tuned.
@@ -118,35 +138,59 @@ class Benchmark:
 
     def _stage(self, stage: Stage, later: Sequence[Stage]) -> None:
         try:
-            self._check_files(self.tier.tasks[stage.task])
-            runs = self._tuning_runs(stage) if stage.tuning else self.main_runs(stage.task, stage.leading)
+            runs = self._tuning_runs(stage) if stage.tuning else self._judged_runs(stage)
             if runs:
+                self._begin(stage.task, runs)
                 run_study(self._study(stage.task, runs, later), self.say)
         except (StudyError, OSError) as error:
-            self.broken[stage.task] = str(error)
-            self.say(f"error: {stage.task} is left out: {error}")
+            self.leave_out(stage.task, str(error))
+
+    def _begin(self, task: str, runs: Sequence[Run]) -> None:
+        """Before a task's first run make sure that it can be trained; with --fresh, put away the rows that were."""
+        rows, (arm, setting) = self._staying(task), (runs[0].labels[name] for name in ("arm", "setting"))
+        if task not in self._ready and {run.key for run in runs} - {row["key"] for row in rows}:
+            judged = main_runs(self.tier, task, {arm: setting}, {arm: 1})[0]
+            check_ready([judged] if runs[0].key == judged.key else [runs[0], judged], rows)
+            self._ready.add(task)
+        if self.fresh and task not in self._begun:
+            anew = None if self._all_anew else lambda row: row["labels"]["arm"] in self.fresh
+            with RowsFile(self.path(task), fresh=True, drop=anew):
+                pass
+        self._begun.add(task)
+
+    @property
+    def _all_anew(self) -> bool:
+        return {*self.fresh} == {*ARMS}
+
+    def _staying(self, task: str) -> list[Row]:
+        """The rows of a task whose runs are not trained again."""
+        fresh = () if task in self._begun else self.fresh
+        if fresh and self._all_anew:
+            return []  # unread: they may be damaged
+        rows = [row for row in self.rows(task) if row["labels"]["arm"] not in fresh]
+        return [row for row in rows if not (self.retry_failed and row["status"] == "failed")]
 
     def _study(self, task: str, runs: Sequence[Run], later: Sequence[Stage]) -> Study:
-        first = task not in self._begun
-        self._begun.add(task)
         return Study(
             name=self.tier.study,
             runs=runs,
             path=self.path(task),
             command=self.command,
+            resume=self.resume,
             processes=self.tier.processes if self.processes is None else self.processes,
-            fresh=self.fresh and first,
-            retry_failed=self.retry_failed and first,
+            retry_failed=self.retry_failed,
             until=self.until,
             later=sum(weight for stage in later for weight in self._open(stage).values()),
         )
 
-    def _check_files(self, task: Task) -> None:
-        for relative in task.files:
-            try:
-                data_file(None, relative)
-            except (ValueError, OSError) as error:
-                raise StudyError(str(error).removeprefix("root: ")) from None
+    def _judged_runs(self, stage: Stage) -> list[Run]:
+        """Return the runs that are judged, without the arms whose runs had another setting than tuning chooses now."""
+        found = choices(self.tier, stage.task, self.rows(stage.task))
+        for arm, why in unchosen(self._staying(stage.task), found).items():
+            if arm in self._arms(stage.task, stage.leading):
+                how = f"--tasks {stage.task} --arms {arm} --fresh begins it anew and leaves the others"
+                self.leave_out(stage.task, f"{why}; {how}", arm)
+        return self.main_runs(stage.task, stage.leading)
 
     def _tuning_runs(self, stage: Stage) -> list[Run]:
         return [
@@ -158,7 +202,7 @@ class Benchmark:
 
     def _arms(self, task: str, leading: bool | None) -> list[str]:
         wanted = [arm for arm in self.arms if leading is None or (arm in LEADING) == leading]
-        return [arm for arm in wanted if (task, arm) not in self._missing]
+        return [arm for arm in wanted if (task, arm) not in self.missing]
 
     def _seeds(self, task: str, leading: bool | None) -> dict[str, int]:
         return seeds_of(self.tier, self._arms(task, leading), self.seeds)
@@ -168,8 +212,7 @@ class Benchmark:
         try:
             configurations(tuning_runs(self.tier, task, arm)[:1])
         except StudyError as error:
-            self._missing.add((task, arm))
-            self.say(f"error: arm {arm} of {task} is left out: {error}")
+            self.leave_out(task, str(error), arm)
             return False
         return True
 
@@ -178,7 +221,7 @@ class Benchmark:
         if stage.task in self.broken:
             return {}
         try:
-            rows = [] if self.fresh and stage.task not in self._begun else self.rows(stage.task)
+            rows = self._staying(stage.task)
         except StudyError:
             return {}
         there = {row["key"] for row in rows}

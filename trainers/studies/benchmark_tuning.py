@@ -48,6 +48,24 @@ def choices(tier: Tier, task: str, rows: Sequence[Row]) -> dict[str, Choice]:
     return found
 
 
+def unchosen(rows: Sequence[Row], found: Mapping[str, Choice]) -> dict[str, str]:
+    """Return the arms with runs of another setting than what tuning chose, and of each what differs in one of them.
+
+    A tuning run that failed and is run again may change the choice.
+
+    Args:
+        rows: of a task.
+        found: as from ``choices``, of the same rows.
+    """
+    wrong = dict[str, str]()
+    for row in rows:
+        arm, phase, setting = (row["labels"][name] for name in ("arm", "phase", "setting"))
+        for key, value in found[arm].setting.items() if phase != "tuning" and arm in found else ():
+            if setting.get(key) != value:
+                wrong.setdefault(arm, f"{row['key']} has {key} {setting.get(key)}, and tuning chose {value}")
+    return wrong
+
+
 def _loss(row: Row) -> float | None:
     return row["results"].get("valid/loss") if row["status"] == "done" else None
 

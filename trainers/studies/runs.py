@@ -245,7 +245,7 @@ def _trained(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = cache.get(config)
-    outcome["data"] = f"{data.name} {data.fingerprint[:16]}"
+    outcome["data"] = content(data)
     probes = build_probes(config, data)
     trainer = trainer_of(config, data, logger, directory)
     evaluation = trainer.run(progress or Silent())
@@ -254,6 +254,11 @@ def _trained(
     probed = evaluate_probes(trainer.model, probes, trainer.device, config.loop.precision)
     targets = {f"valid/domain/{name}/targets": count for name, count in evaluation.domain_targets.items() if count}
     return evaluation.scalars(per_layer=True) | targets | probe_scalars(probed)
+
+
+def content(data: Data) -> str:
+    """Return what a row says of its data: their name, and a fingerprint of what is in them."""
+    return f"{data.name} {data.fingerprint[:16]}"
 
 
 def trainer_of(config: DictConfig, data: Data, logger: Logger, directory: Path) -> Trainer:
