@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainers.command import Parser, how_to_resume, one_line_mistakes
-from trainers.studies.benchmark import ARMS, TIERS, TOY, Tier
+from trainers.studies.benchmark import ARMS
 from trainers.studies.benchmark_report import write_benchmark
 from trainers.studies.benchmark_stages import Benchmark
+from trainers.studies.benchmark_tasks import TIERS, TOY, Tier
 from trainers.studies.runs import StudyError
 
 PROGRAM = "python -m trainers.benchmark"

@@ -12,18 +12,8 @@ from torch import nn
 from tests.support.runs import CONFIGS
 from tests.support.studies import benchmark_rows
 from trainers.models.language import LanguageModel
-from trainers.studies.benchmark import (
-    ARMS,
-    CANDIDATES,
-    LEADING,
-    TIERS,
-    TOY,
-    TUNING_SEED,
-    main_runs,
-    seeds_of,
-    settings,
-    tuning_runs,
-)
+from trainers.studies.benchmark import ARMS, LEADING, TUNING_SEED, main_runs, seeds_of, settings, tuning_runs
+from trainers.studies.benchmark_tasks import CANDIDATES, TIERS, TOY
 from trainers.studies.benchmark_tuning import choices, reference
 from trainers.studies.runs import DataCache, Run, configurations, train_run
 

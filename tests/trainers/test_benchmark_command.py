@@ -19,8 +19,9 @@ from tests.support.runs import configuration
 from tests.trainers.data.conftest import write_wikipedia
 from trainers import benchmark as command
 from trainers.studies import benchmark_stages
-from trainers.studies.benchmark import ARMS, TIERS, main_runs
+from trainers.studies.benchmark import ARMS, main_runs
 from trainers.studies.benchmark_stages import Benchmark
+from trainers.studies.benchmark_tasks import TIERS
 from trainers.studies.rows import Row, RowsFile, read_rows
 from trainers.studies.runs import StudyError, configurations
 from trainers.train import train

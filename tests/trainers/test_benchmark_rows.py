@@ -8,8 +8,9 @@ from functools import reduce
 import pytest
 
 from tests.support.studies import benchmark_rows
-from trainers.studies.benchmark import ARMS, TIERS, main_runs, settings, tuning_runs
+from trainers.studies.benchmark import ARMS, main_runs, settings, tuning_runs
 from trainers.studies.benchmark_results import mixed
+from trainers.studies.benchmark_tasks import TIERS
 from trainers.studies.origin import origin_lines
 from trainers.studies.runs import configurations
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.studies.benchmark import ARMS, rises
+from trainers.studies.benchmark import ARMS
 from trainers.studies.benchmark_figure import write_curves, write_differences
 from trainers.studies.benchmark_results import DIGITS, MARGIN, NO_CHOICE, Results, mixed, results_of
 from trainers.studies.benchmark_stages import Benchmark
 from trainers.studies.benchmark_tables import write_tables
+from trainers.studies.benchmark_tasks import rises
 from trainers.studies.files import write_whole
 from trainers.studies.intervals import Equivalence, with_half_width, with_pairs
 from trainers.studies.origin import origin_lines

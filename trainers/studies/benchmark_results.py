@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from trainers.studies.benchmark import ARMS, Task, Tier, rises, seeds_of
+from trainers.studies.benchmark import ARMS, seeds_of
+from trainers.studies.benchmark_tasks import Task, Tier, rises
 from trainers.studies.benchmark_tuning import Choice, choices, reference, unchosen
 from trainers.studies.intervals import Equivalence, Interval, Ratio, equivalence, mean_interval, mean_ratio
 from trainers.studies.rows import FREE_KEYS, Row, by_seed, is_under

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.studies.benchmark import ARMS, LEADING, Tier, main_key, main_runs, seeds_of, tuning_runs
+from trainers.studies.benchmark import ARMS, LEADING, main_key, main_runs, seeds_of, tuning_runs
 from trainers.studies.benchmark_ready import check_ready
+from trainers.studies.benchmark_tasks import Tier
 from trainers.studies.benchmark_tuning import Choice, choices, unchosen
 from trainers.studies.rows import Row, RowsFile, read_rows
 from trainers.studies.runner import Study, run_study

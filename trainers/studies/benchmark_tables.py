@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from trainers.studies.benchmark import ARMS, rises
+from trainers.studies.benchmark import ARMS
 from trainers.studies.benchmark_results import DIGITS, TARGET, WINDOW, Results
+from trainers.studies.benchmark_tasks import rises
 from trainers.studies.benchmark_tuning import Choice
 from trainers.studies.events import decisions, orders
 from trainers.studies.intervals import with_ends, with_half_width, with_pairs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainers.studies.benchmark import ARMS, Setting, Tier, tuning_runs
+from trainers.studies.benchmark import ARMS, Setting, tuning_runs
+from trainers.studies.benchmark_tasks import Tier
 from trainers.studies.rows import Row
 
 
