@@ -275,7 +275,9 @@ def test_ctrl_c_in_a_later_stage_says_the_same(finished, tmp_path):
     assert said[-1] == f"stopped; 2 of 2 runs are in {path}; go on so"
 
 
-def test_a_retried_tuning_run_that_changes_the_choice_costs_its_arm_alone(finished, capsys, tmp_path):
+def retried(finished, capsys, tmp_path) -> tuple[Path, str]:
+    """Retry a failed tuning run that changes what is chosen; return the rows file and the line that says it."""
+
     def with_failures(rows: list[Row]) -> list[Row]:
         chosen = next(row for row in rows[2:4] if row["labels"]["setting"] == rows[5]["labels"]["setting"])
         other = next(row for row in rows[2:4] if row is not chosen)
@@ -289,22 +291,31 @@ def test_a_retried_tuning_run_that_changes_the_choice_costs_its_arm_alone(finish
     code, out, _ = ran(capsys, *FEW, "--out", str(tmp_path), "--retry-failed")
     (line,) = (line for line in out.splitlines() if line.startswith("error: "))
     assert code == 2
+    return path, line
+
+
+def test_a_retried_tuning_run_that_changes_the_choice_costs_its_arm_alone(finished, capsys, tmp_path):
+    path, line = retried(finished, capsys, tmp_path)
     assert line.startswith("error: arm polar_natural of planted is left out: planted/polar_natural/seed0 has ")
     assert line.endswith("; --tasks planted --arms polar_natural --fresh begins it anew and leaves the others")
-    before = read_rows(path)
-    keys = [row["key"] for row in before]
-    assert keys[-1] == "planted/linear_switch/seed0", "the others go on"
-    assert [row["key"] for row in before if row["status"] == "failed"] == ["planted/tuning/hash/x"], "not asked for"
+    rows = read_rows(path)
+    assert rows[-1]["key"] == "planted/linear_switch/seed0", "the others go on"
+    assert [row["key"] for row in rows if row["status"] == "failed"] == ["planted/tuning/hash/x"], "not asked for"
     text = (tmp_path / "benchmark.md").read_text()
     assert "| missing: planted/polar_natural/seed0 has " in text
     assert "Not finished" not in text
     assert ran(capsys, "smoke", "--report", "--out", str(tmp_path))[0] == 2
 
+
+@pytest.mark.slow
+def test_an_arm_alone_begins_anew(finished, capsys, tmp_path):
+    path, _ = retried(finished, capsys, tmp_path)
+    before = read_rows(path)
     anew = ("smoke", "--tasks", "planted", "--arms", "polar_natural", "--fresh")
-    code, out, error = ran(capsys, *anew, "--out", str(tmp_path))
+    code, _, error = ran(capsys, *anew, "--out", str(tmp_path))
     assert (code, error) == (0, "")
     after = read_rows(path)
-    assert {row["key"] for row in after} == {*keys}
+    assert {row["key"] for row in after} == {row["key"] for row in before}
     assert after[:4] == [row for row in before if row["labels"]["arm"] != "polar_natural"]
     assert read_rows(path.with_name("rows.old.jsonl")) == before
     assert "missing: " not in (tmp_path / "benchmark.md").read_text()
