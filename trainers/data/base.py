@@ -185,6 +185,21 @@ def held_out(items: Sequence[tuple[str, str]], fraction: float) -> list[bool]:
     return result
 
 
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        choices: what it may be.
+
+    Raises:
+        ValueError: unless it is one of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
 def require_integer(name: str, value: object, minimum: int) -> int:
     """``value``, if it is an integer of at least ``minimum``.
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any, Unpack
 
-from trainers.data.base import data_file
+from trainers.data.base import data_file, require_choice
 from trainers.data.documents import Document, cut, split_documents
 from trainers.data.files import xz_lines
 from trainers.data.text import TextData, TextOptions
@@ -39,8 +39,7 @@ def multidomain(
         ValueError: if no root is given, a file is damaged, or an option is out of range.
         FileNotFoundError: if a file is missing.
     """
-    if split not in ("test", "valid"):
-        raise ValueError(f"split: expected 'test' or 'valid', got {split!r}")
+    require_choice("split", split, ("test", "valid"))
     train, held = split_documents(multidomain_documents(root), valid_fraction)
     if split == "valid":  # of the rest, those whose names hash below twice the fraction
         train, held = split_documents(train, 2 * valid_fraction)

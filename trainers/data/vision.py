@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 import torch
 
-from trainers.data.base import data_file, held_out
+from trainers.data.base import data_file, held_out, require_choice
 from trainers.data.images import ImageData, Images
 
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -135,8 +135,7 @@ def sides(train: Images, test: Images, split: str) -> tuple[Images, Images]:
     Raises:
         ValueError: another split, or too few images for it.
     """
-    if split not in ("test", "valid"):
-        raise ValueError(f"split: expected 'test' or 'valid', got {split!r}")
+    require_choice("split", split, ("test", "valid"))
     if split == "test":
         return train, test
     kept = len(train.pixels) - CHOOSING

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Unpack
 
-from trainers.data.base import data_file, require_integer
+from trainers.data.base import data_file, require_choice, require_integer
 from trainers.data.documents import Document, take
 from trainers.data.files import xz_lines
 from trainers.data.text import TextData, TextOptions
 
+SPLITS = ("valid", "test")
 ARTICLE = re.compile(r'<doc id="([^"]*)"')
 HEADING = re.compile(r" = [^=\n].* = \n")
 
@@ -38,7 +39,7 @@ def enwiki(
         ValueError: if no root is given, a file is damaged, or an option is out of range.
         FileNotFoundError: if a file is missing.
     """
-    require_split(split)
+    require_choice("split", split, SPLITS)
     if max_bytes is not None:
         require_integer("max_bytes", max_bytes, 1)
     train, valid = (articles(root, part) for part in ("train", split))
@@ -129,7 +130,7 @@ def to_evaluate_on(name: str, *, root: str | None, split: str, **text: Unpack[Te
         ValueError: if the name is unknown, no root is given, the file is damaged, or an option is out of range.
         FileNotFoundError: if the file is missing.
     """
-    require_split(split)
+    require_choice("split", split, SPLITS)
     if name == "enwiki":
         return TextData(name, None, articles(root, split), **text)
     if name != "wikitext2":
@@ -152,16 +153,3 @@ def wikitext_articles(lines: list[str]) -> Iterator[Document]:
     edges = [0, *starts[1:], len(lines)]
     for number, (begin, end) in enumerate(itertools.pairwise(edges)):
         yield Document("".join(lines[begin:end]), "wikipedia", str(number))
-
-
-def require_split(split: str) -> None:
-    """Refuse an unknown held-out split.
-
-    Args:
-        split: the option.
-
-    Raises:
-        ValueError: unless it is "valid" or "test".
-    """
-    if split not in ("valid", "test"):
-        raise ValueError(f"split: expected 'valid' or 'test', got {split!r}")
