@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.support.runs import configuration
+from tests.support.studies import files_of_at_most
 from tests.trainers.data.conftest import write_wikipedia
 from trainers import benchmark as command
 from trainers.studies import benchmark_stages
@@ -220,12 +220,8 @@ def test_every_file_of_tuning_data_and_probes_is_looked_for(tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_said_for_each_task_before_anything_is_trained(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with files_of_at_most(1000):
         said = left_out(tmp_path, SMOKE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert said == [
         f"error: {task} is left out: cannot write to {tmp_path / task / 'rows.jsonl'}: File too large; "
         "the rows before are whole"

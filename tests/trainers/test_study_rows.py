@@ -1,11 +1,9 @@
 """The rows file of a study: whole rows whatever happens, which of them go, and which settings they are of."""
 
-import resource
-
 import pytest
 import torch
 
-from tests.support.studies import done_at_once, region_row, study, tiny_run
+from tests.support.studies import done_at_once, files_of_at_most, region_row, study, tiny_run
 from trainers.studies import runner
 from trainers.studies.rows import RowsFile, changed_settings, read_rows
 from trainers.studies.runner import run_study
@@ -63,13 +61,9 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     with RowsFile(path) as file:
         file.append(row(0))
         whole = path.read_bytes()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
-        try:
-            with pytest.raises(StudyError, match=f"cannot write to {path}: File too large; the rows before are whole"):
-                file.append(row(1))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        refused = pytest.raises(StudyError, match=f"cannot write to {path}: File too large; the rows before are whole")
+        with files_of_at_most(len(whole) + 10), refused:
+            file.append(row(1))
         assert path.read_bytes() == whole
         file.append(row(2))
     assert read_rows(path) == [row(0), row(2)]
@@ -80,15 +74,9 @@ def test_a_full_disk_is_found_out_before_a_run_is_trained(tmp_path):
     with RowsFile(path) as file:
         file.append(row(0))
     whole = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
-    try:
-        with pytest.raises(
-            StudyError, match=r"^cannot write to .*rows\.jsonl: File too large; the rows before are whole"
-        ):
-            run_study(study(tmp_path, [tiny_run("a")]), lambda line: None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"^cannot write to .*rows\.jsonl: File too large; the rows before are whole"
+    with files_of_at_most(len(whole) + 10), pytest.raises(StudyError, match=message):
+        run_study(study(tmp_path, [tiny_run("a")]), lambda line: None)
     assert path.read_bytes() == whole
 
 
