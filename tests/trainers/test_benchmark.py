@@ -13,7 +13,7 @@ from tests.support.runs import CONFIGS
 from tests.support.studies import benchmark_rows
 from trainers.models.language import LanguageModel
 from trainers.studies.benchmark import ARMS, LEADING, TUNING_SEED, main_runs, seeds_of, settings, tuning_runs
-from trainers.studies.benchmark_tasks import CANDIDATES, TIERS, TOY
+from trainers.studies.benchmark_tasks import CANDIDATES, TIERS, TOY, Task
 from trainers.studies.benchmark_tuning import choices, reference
 from trainers.studies.runs import DataCache, Run, configurations, train_run
 
@@ -201,3 +201,12 @@ def test_the_gpus_tasks_train_at_toy_size_in_bf16(tmp_path):
         found = train_run(config, tmp_path, DataCache())
         assert (found["status"], found["warnings"]) == ("done", [])
         assert config["loop"]["precision"] == "bf16"
+
+
+def test_tasks_say_what_they_are_tuned_on():
+    said = {
+        f"{tier.name}/{name}": task.tuned_on for tier in (*TIERS.values(), TOY) for name, task in tier.tasks.items()
+    }
+    judging = {name for name, tuned_on in said.items() if tuned_on == Task.tuned_on}
+    assert judging == {"smoke/vision", "gpu-toy/language_8", "gpu-toy/language_64"}
+    assert said["smoke/planted"] == said["cpu/planted"] == "planted data of another seed"

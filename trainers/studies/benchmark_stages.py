@@ -191,7 +191,7 @@ class Benchmark:
             if arm in self._arms(stage.task, stage.leading):
                 how = f"--tasks {stage.task} --arms {arm} --fresh begins it anew and leaves the others"
                 self.leave_out(stage.task, f"{why}; {how}", arm)
-        return self.main_runs(stage.task, stage.leading)
+        return self._main_runs(stage.task, stage.leading, found)
 
     def _tuning_runs(self, stage: Stage) -> list[Run]:
         return [

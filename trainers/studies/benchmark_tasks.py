@@ -147,8 +147,8 @@ def _smoke(task: Task, title: str, *size: str) -> Task:
 
 
 def _untuned(task: Task) -> Task:
-    """Return a task without data of its own to tune on."""
-    return replace(task, tuning=(), tuned_on=Task.tuned_on)
+    """Return a task that tunes on what judges, if it has data of its own for that."""
+    return replace(task, tuning=(), tuned_on=Task.tuned_on) if task.tuning else task
 
 
 #: Small data that every installation has.
