@@ -194,8 +194,9 @@ def test_what_a_controller_did_not_do_is_said(tmp_path):
     runs = main_runs(CPU, "planted", both, {"polar_natural_act": 4})
     theirs = [row["results"]["valid/loss"] for row in rows if row["key"].startswith("planted/polar_natural/seed")]
     acting = benchmark_rows(CPU, runs, [*theirs[:3], 1.0])
-    for row in acting:
+    for row, balance in zip(acting, (0.0, 0.0031, 0.0, 0.002), strict=True):
         row["configuration"] = row["configuration"] | {"geometry": {"controller": "act"}}
+        row["results"] |= {"control/largest/balance": balance, "control/largest/speed": 0.0}
     acting[3]["events"] = [
         decision(9, "apply", "revive"),
         decision(20, "apply", "revive"),
@@ -203,8 +204,9 @@ def test_what_a_controller_did_not_do_is_said(tmp_path):
     ]
     text = written(tmp_path, rows + tuned_rows + acting)
     assert (
-        "ours: natural, controller acting: the controller acted in 1 of 4 runs (2 orders, 1 of them carried out: "
-        "revive); against the same runs without it -0.23" in text
+        "ours: natural, controller acting: the controller gave orders in 1 of 4 runs (2 orders, 1 of them carried "
+        "out: revive); its set-points were at work in 2 of 4 (largest weights: balance 0.0031); against the same runs "
+        "without it -0.23" in text
     )
     assert " (4), inconclusive, 3 of them the very same numbers." in text
     # Tuned to another setting, it is not compared with runs of that one, but with its own.

@@ -10,8 +10,9 @@ from trainers.studies.benchmark_tasks import rises
 from trainers.studies.benchmark_tuning import Choice
 from trainers.studies.events import decisions, orders
 from trainers.studies.intervals import with_ends, with_half_width, with_pairs
-from trainers.studies.rows import by_seed
+from trainers.studies.rows import Row, by_seed
 from trainers.studies.runs import CURVE_POINTS
+from trainers.studies.setpoints import largest_of_all
 
 _ROUTING = {
     "max_violation": "max violation",
@@ -109,9 +110,10 @@ def _controller(results: Results) -> Iterator[str]:
         found = [orders(row) for row in rows]
         acted = sum(bool(one) for one in found)
         kinds = sorted({str(order.get("name")) for one in found for order in one})
-        text = f"{ARMS[arm].title}: the controller acted in {acted} of {len(rows)} runs"
+        text = f"{ARMS[arm].title}: the controller gave orders in {acted} of {len(rows)} runs"
         done = sum(len(decisions(row, "apply")) for row in rows)
         text += f" ({sum(map(len, found))} orders, {done} of them carried out: {', '.join(kinds)})" if acted else ""
+        text += f"; its set-points were at work in {_steered(rows)}"
         if (effect := results.effect(arm, results.task.primary)) is not None:
             verdict = effect.verdict(rises(results.task.primary))
             text += f"; against the same runs without it {with_pairs(effect.difference, DIGITS)}, {verdict}, "
@@ -123,6 +125,13 @@ def _acts(row: Mapping[str, object]) -> bool:
     configuration = row["configuration"]
     assert isinstance(configuration, Mapping)
     return (configuration.get("geometry") or {}).get("controller") == "act"
+
+
+def _steered(rows: Sequence[Row]) -> str:
+    """In how many runs set-points gave a weight, and the largest of each."""
+    count = sum(any(largest_of_all([row]).values()) for row in rows)
+    given = [f"{name} {weight:.2g}" for name, weight in sorted(largest_of_all(rows).items()) if weight]
+    return f"{count} of {len(rows)}" + (f" (largest weights: {', '.join(given)})" if given else "")
 
 
 def _same(results: Results, arm: str) -> int:

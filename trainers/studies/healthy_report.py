@@ -12,7 +12,7 @@ from trainers.studies.healthy import SAME
 from trainers.studies.intervals import mean_interval, with_half_width
 from trainers.studies.origin import origin_lines
 from trainers.studies.rows import Row, reasons
-from trainers.studies.setpoints import PREFIX
+from trainers.studies.setpoints import largest_of_all
 
 #: What the claims ask for: steps with the controller, pairs, and a loss that is higher by less than this, in percent.
 LEAST_STEPS, LEAST_PAIRS, MARGIN = 30_000, 80, 0.2
@@ -161,12 +161,7 @@ def _alerts(rows: Sequence[Row], severity: str) -> int:
 
 
 def _setpoints(rows: Sequence[Row]) -> str:
-    largest: dict[str, float] = {}
-    for row in rows:
-        for name, weight in row["results"].items():
-            if name.startswith(PREFIX):
-                largest[name] = max(weight, largest.get(name, 0.0))
-    return ", ".join(f"{name.removeprefix(PREFIX)} {weight:.2g}" for name, weight in sorted(largest.items())) or "-"
+    return ", ".join(f"{name} {weight:.2g}" for name, weight in sorted(largest_of_all(rows).items())) or "-"
 
 
 def _upper_bound(values: Sequence[float]) -> float | None:

@@ -33,3 +33,14 @@ def largest_weights(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
                 for name, weight in weights.items():
                     largest[name] = max(weight, largest.get(name, 0.0))
     return {f"{PREFIX}{name}": weight for name, weight in largest.items()}
+
+
+def largest_of_all(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the largest weight of each name (``balance`` …) in any of the rows; empty if none has a set-point."""
+    largest: dict[str, float] = {}
+    for row in rows:
+        for name, weight in row["results"].items():
+            if name.startswith(PREFIX):
+                short = name.removeprefix(PREFIX)
+                largest[short] = max(weight, largest.get(short, 0.0))
+    return largest
