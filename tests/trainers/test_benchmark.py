@@ -170,9 +170,9 @@ def test_the_least_loss_is_chosen_once_all_are_there():
         ),
     )
     assert [*found] == ["linear_switch", "linear_bias", "soft"]
-    assert found["linear_switch"].setting == {"optimizer.lr": 0.004, "geometry.regularizers.balance": 0.01}  # the first
+    assert found["linear_switch"].setting == {"optimizer.lr": 0.008, "geometry.regularizers.balance": 0.01}  # the first
     assert found["linear_switch"].tried[2][1] is None
-    assert found["linear_bias"].setting == {"optimizer.lr": 0.004, "prior.speed": 0.001}
+    assert found["linear_bias"].setting == {"optimizer.lr": 0.008, "prior.speed": 0.001}
     assert reference(found) == "linear_bias"  # soft is no linear baseline
     assert reference({}) is None
 

@@ -166,7 +166,7 @@ def test_report_has_routing_speed_and_tuning(tmp_path):
     assert cells(text, "dense", 1) == ["-", "-"]  # nothing is chosen there: no recovery, no balance
     assert cells(text, "dense", 2)[:4] == ["-"] * 4
     assert cells(text, "hash", 3) == ["2.200", "2.100", "**2.000**", "2.100", "2.200", "2.300", ""]
-    assert "| arm | lr 0.0014 | lr 0.002 | lr 0.0028 | lr 0.004 | lr 0.0057 | lr 0.008 | |" in text
+    assert "| arm | lr 0.0028 | lr 0.004 | lr 0.0057 | lr 0.008 | lr 0.011 | lr 0.016 | |" in text
     assert "Not tuned: linear, Switch loss and z-loss; " in text
 
 
@@ -187,7 +187,7 @@ def test_seeds_that_either_side_lost_are_told_beside_the_verdict(tmp_path):
 
 def test_what_a_controller_did_not_do_is_said(tmp_path):
     rows = [row for row in rows_of(ours=0.0) if row["labels"]["arm"] != "polar_natural_act"]
-    setting = {"optimizer.lr": 0.004, "geometry.regularizers.balance": 0.001}
+    setting = {"optimizer.lr": 0.008, "geometry.regularizers.balance": 0.001}
     tuned = tuning_runs(CPU, "planted", "polar_natural_act")
     tuned_rows = benchmark_rows(CPU, tuned, [1.0 if run.labels["setting"] == setting else 2.0 for run in tuned])
     both = dict.fromkeys(("polar_natural", "polar_natural_act"), setting)
@@ -210,7 +210,7 @@ def test_what_a_controller_did_not_do_is_said(tmp_path):
     )
     assert " (4), inconclusive, 3 of them the very same numbers." in text
     # Tuned to another setting, it is not compared with runs of that one, but with its own.
-    other = {"optimizer.lr": 0.004, "geometry.regularizers.balance": 0.01}
+    other = {"optimizer.lr": 0.008, "geometry.regularizers.balance": 0.01}
     tuned = tuning_runs(CPU, "planted", "polar_natural_act")
     acting += benchmark_rows(CPU, tuned, [1.0 if run.labels["setting"] == other else 2.0 for run in tuned])
     found = results_of(CPU, "planted", rows + acting)
@@ -278,7 +278,7 @@ def test_an_arm_whose_runs_tuning_did_not_choose_is_missing(tmp_path, phase):
         rows = [row for row in rows if row is first or row in tuned or row["labels"]["arm"] != "polar_natural"]
         first["labels"] |= {"phase": "without"}
     text = written(tmp_path, rows)
-    verdict = "missing: planted/polar_natural/seed0 has optimizer.lr 0.004, and tuning chose 0.008"
+    verdict = "missing: planted/polar_natural/seed0 has optimizer.lr 0.008, and tuning chose 0.016"
     assert cells(text, "polar_natural") == ["0 of 10 (10 missing)", "-", "-", "-", "-", verdict]
     assert cells(text, "hash")[-1] == "worse"
 

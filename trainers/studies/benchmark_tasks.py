@@ -108,6 +108,7 @@ _PLANTED = Task(
     tuned_on="planted data of another seed",
     steps=400,
     share=0.5,  # of short runs
+    rates=(0.004, 0.008, 0.016),  # of 0.002 to 0.008 every arm took the largest
     seconds=15,
 )
 
