@@ -38,6 +38,7 @@ def test_every_arm_is_a_configuration():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_composes_in_every_task_and_has_nothing_but_its_own(arm):
+    loss_free = {"linear_bias": "SignBias", "polar_natural_prior": "ExpertPrior"}
     places = (
         (CPU, "language", "cpu"),
         (CPU, "fashion_mnist", "cpu"),
@@ -51,13 +52,13 @@ def test_every_arm_composes_in_every_task_and_has_nothing_but_its_own(arm):
         assert on == {
             "linear_z": {"balance", "z"},
             "polar_natural_regularized": {"balance", "fsi", "dispersion"},
-        }.get(arm, set() if ARMS[arm].knob is None or arm == "linear_bias" else {"balance"})
+        }.get(arm, set() if ARMS[arm].knob is None or arm in loss_free else {"balance"})
         assert weights["balance_scope"] == "micro_batch"
         acting = arm == "polar_natural_act"
         assert config["geometry"]["controller"] == ("act" if acting else None)
         assert config["geometry"]["fisher"] == ("outputs" if acting else None)
         assert config["seed"] == config["data"]["seed"] == TUNING_SEED
-        assert bool(config["prior"]) == (arm == "linear_bias")
+        assert config["prior"].get("_target_", "").rpartition(".")[2] == loss_free.get(arm, "")
         assert config["optimizer"]["lr"] == run.labels["setting"]["optimizer.lr"]
         assert config["device"] == device
 
@@ -184,11 +185,11 @@ def test_what_the_question_is_about_comes_first_and_has_more_seeds():
     assert counts == {arm: 10 if arm in LEADING else 5 for arm in ARMS}
     first = seeds_of(CPU, LEADING)
     runs = main_runs(CPU, "planted", {arm: found[arm].setting for arm in first}, first)
-    assert [run.key for run in runs[:8]] == [
+    assert [run.key for run in runs[:9]] == [
         *(f"planted/{arm}/seed0" for arm in LEADING),
         "planted/linear_switch/seed1",
     ]
-    assert len(runs) == 70
+    assert len(runs) == 80
     assert f"seed={TUNING_SEED}" not in {override for run in runs for override in run.overrides}
     assert seeds_of(CPU, ["dense", "polar_natural"], 2) == {"polar_natural": 2, "dense": 2}
     assert seeds_of(CPU, ["dense", "polar_natural"], 7) == {"polar_natural": 7, "dense": 5}

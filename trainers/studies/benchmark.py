@@ -54,6 +54,9 @@ ARMS: Mapping[str, Arm] = {
     "polar_natural_act": Arm(
         title="ours: natural, controller acting", knob=_BALANCE, ours=True, weight=1.25, without="polar_natural"
     ),
+    "polar_natural_prior": Arm(
+        title="ours: natural, loss-free prior", knob=("prior.speed", (0.05, 0.2)), ours=True, weight=1.15
+    ),
     "cosine": Arm(title="cosine, Switch loss", knob=_BALANCE),
     "hash": Arm(title="hash"),
     "frozen": Arm(title="frozen random"),

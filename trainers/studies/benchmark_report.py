@@ -84,18 +84,20 @@ def _results(benchmark: Benchmark, task: str) -> Results:
 
 _METHOD = (
     "Every arm was tuned in every task by as many runs: learning rates by two weights of its balance (two speeds of "
-    "the loss-free bias), or as many learning rates where there is nothing to balance; the least validation loss "
-    "decided. A better weight may lie beyond the two. The learning rate is that of everything but natural gradients, "
-    "which have its schedule and a speed limit of their own; that limit and the controller's thresholds were found in "
-    "earlier studies of small models (region, limits, faults), which no baseline had. AdamW's weight decay of 0.1 is "
-    "on linear and cosine routers as on the rest, and not on polar ones. The loss-free bias is added to softmax "
-    "scores. Where tuning gave the arm with the controller another setting than the one without, more runs "
-    "without it, at the same setting, show what the controller does by itself.",
+    "the loss-free bias and prior), or as many learning rates where there is nothing to balance; the least validation "
+    "loss decided. A better weight may lie beyond the two. The learning rate is that of everything but natural "
+    "gradients, which have its schedule and a speed limit of their own; that limit, the prior's speeds and the "
+    "controller's thresholds were found in earlier studies of small models (region, limits, priors, faults), which no "
+    "baseline had, but for the bias's speeds. AdamW's weight decay of 0.1 is on linear and cosine routers as on the "
+    "rest, and not on polar ones. The loss-free bias is added to softmax scores. Where tuning gave the arm with the "
+    "controller another setting than the one without, more runs without it, at the same setting, show what the "
+    "controller does by itself.",
     "",
     "Ours are compared with the linear baseline (with Switch loss, with z-loss as well, or with loss-free bias) that "
     "tuned best, and with the one that came out best, if it is another. Difference: paired over seeds, with "
     "Student's 95% interval and the number of pairs; runs of one seed begin with the same weights, but for the routers "
-    "and the whole of the dense model. Equal is a difference within "
+    "and the whole of the dense model. The mean of an arm with fewer runs is of fewer seeds than the baseline's: seeds "
+    "differ by more than arms, and only differences compare. Equal is a difference within "
     f"{MARGIN:.1%} of the baseline's mean; p is that of two one-sided t-tests. Verdict: equivalent if p < 0.05, and "
     "equivalent (better or worse) if the interval does not hold 0 as well; else better or worse if it does not; else "
     "inconclusive, which is no equality. Intervals and tests are "
