@@ -97,7 +97,7 @@ _METHOD = (
     "tuned best, and with the one that came out best, if it is another. Difference: paired over seeds, with "
     "Student's 95% interval and the number of pairs; runs of one seed begin with the same weights, but for the routers "
     "and the whole of the dense model. The mean of an arm with fewer runs is of fewer seeds than the baseline's: seeds "
-    "differ by more than arms, and only differences compare. Equal is a difference within "
+    "may differ by more than arms do, only differences compare. Equal is a difference within "
     f"{MARGIN:.1%} of the baseline's mean; p is that of two one-sided t-tests. Verdict: equivalent if p < 0.05, and "
     "equivalent (better or worse) if the interval does not hold 0 as well; else better or worse if it does not; else "
     "inconclusive, which is no equality. Intervals and tests are "
