@@ -170,6 +170,22 @@ def test_report_has_routing_speed_and_tuning(tmp_path):
     assert "Not tuned: linear, Switch loss and z-loss; " in text
 
 
+def test_runs_of_different_hours_say_nothing_of_speed(tmp_path):
+    rows = rows_of()
+    for row in rows:
+        if row["key"].startswith("planted/polar_natural/seed"):
+            # All but two began 61 minutes later; of these two one was twice as fast as the baseline, one half as fast.
+            row["started"] = {0: "2026-01-02T03:50:00Z", 1: "2026-01-02T02:10:00Z"}.get(
+                row["seed"], "2026-01-02T04:05:05Z"
+            )
+            row["results"]["train/tokens_per_second"] = {0: 3200.0, 1: 800.0}.get(row["seed"], 9999.0)
+        elif row["labels"]["arm"] == "linear_switch":
+            row["started"] = "2026-01-03T03:04:05Z"
+    text = written(tmp_path, rows)
+    assert cells(text, "polar_natural", 3)[-2].startswith("1.00 (0.00 to ")
+    assert cells(text, "linear_switch", 2)[-2] == "-"
+
+
 def test_seeds_that_either_side_lost_are_told_beside_the_verdict(tmp_path):
     rows = rows_of()
     for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from statistics import fmean
 
 from trainers.studies.benchmark import ARMS, seeds_of
@@ -38,6 +39,9 @@ _OF_ARMS = (
 
 #: And between those that choose experts and those that do not: made of size, which is the same for all.
 _OF_SIZE = ("model.num_experts", "model.top_k", "model.expert_hidden")
+
+#: Runs that began further apart say nothing of each other's speed: a machine is not equally fast all day.
+TOGETHER = timedelta(hours=1)
 
 #: A curve's points are averaged over so many before a target is looked for in them.
 WINDOW = 5
@@ -132,8 +136,12 @@ class Results:
         return best(values, key=lambda arm: fmean(values[arm][seed] for seed in seeds))
 
     def step_ratio(self, arm: str) -> Ratio | None:
-        """The time of a step in steps of the reference: the geometric mean over seeds both have."""
-        return self._ratio(by_seed(self.main(self.reference), _SPEED), by_seed(self.main(arm), _SPEED))
+        """The time of a step in steps of the reference: the geometric mean over seeds whose two runs began together."""
+        sides = self.main(self.reference), self.main(arm)
+        theirs, ours = ({row["seed"]: datetime.fromisoformat(row["started"]) for row in rows} for rows in sides)
+        together = {seed for seed in theirs.keys() & ours.keys() if abs(theirs[seed] - ours[seed]) <= TOGETHER}
+        above, below = (by_seed([row for row in rows if row["seed"] in together], _SPEED) for rows in sides)
+        return self._ratio(above, below)
 
     def tokens_ratio(self, arm: str) -> tuple[Ratio | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""

@@ -96,8 +96,9 @@ def _routing(results: Results) -> Iterator[str]:
     yield (
         "Max violation: load of the busiest expert over the fair one, less 1, mean over layers. Dead experts: those "
         "with less than a tenth of their share, in all layers. Step time and tokens to target are multiples of the "
-        "baseline's, geometric means over pairs with 95% intervals; the target is the baseline's training loss after "
-        f"{TARGET:.0%} of its tokens, in each pair, on curves of {CURVE_POINTS} points averaged over {WINDOW}."
+        "baseline's, geometric means over pairs with 95% intervals, step time over those that began within an hour of "
+        f"each other; the target is the baseline's training loss after {TARGET:.0%} of its tokens, in each pair, on "
+        f"curves of {CURVE_POINTS} points averaged over {WINDOW}."
     )
 
 
