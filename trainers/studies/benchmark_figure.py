@@ -27,6 +27,9 @@ _KINDS = (
 )
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 
+#: Panels of curves beside each other.
+_COLUMNS = 3
+
 #: Differences beyond this many margins are cut; an arrow says so.
 _CUT = 6.0
 
@@ -100,13 +103,18 @@ def write_curves(results: Mapping[str, Results], path: Path) -> bool:
     shown = {task: found for task, found in lines.items() if found}
     if not shown:
         return False
-    figure = Figure(figsize=(3.4 * len(shown) + 2.0, 3.6), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for panel, (task, found) in zip(axes, shown.items(), strict=True):
+    columns = min(_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.4 * columns + 2.0, 3.3 * rows + 0.3), dpi=110, layout="constrained")
+    axes = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for panel, (task, found) in zip(axes, shown.items(), strict=False):
         _draw_curves(panel, found, results[task].task.data)
-    axes[0].set_ylabel("training loss less the baseline's, nats", fontsize=8)
+    for panel in axes[len(shown) :]:
+        panel.remove()
+    figure.supylabel("training loss less the baseline's, nats", fontsize=8)
     handles = {line.get_label(): line for panel in axes for line in panel.get_lines()[1:]}
-    figure.legend([*handles.values()], [*map(str, handles)], loc="outside right center", fontsize=7)
+    titles = [arm.title for arm in ARMS.values() if arm.title in handles]
+    figure.legend([handles[title] for title in titles], titles, loc="outside right center", fontsize=7)
     save(figure, path)
     return True
 
@@ -128,6 +136,8 @@ def _lines(results: Results) -> dict[str, list[tuple[float, float]]]:
 
 
 def _draw_curves(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     axes.axhline(0, color="#000000", linewidth=0.7)
     for arm, points in lines.items():
         kind = next(own for own in _KINDS if arm in own)
@@ -141,5 +151,7 @@ def _draw_curves(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]],
     axes.set_ylim(low - margin, high + margin)
     axes.set_title(title, fontsize=8)
     axes.set_xlabel("tokens", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.5)
