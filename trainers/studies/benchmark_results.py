@@ -137,11 +137,9 @@ class Results:
 
     def step_ratio(self, arm: str) -> Ratio | None:
         """The time of a step in steps of the reference: the geometric mean over seeds whose two runs began together."""
-        sides = self.main(self.reference), self.main(arm)
-        theirs, ours = ({row["seed"]: datetime.fromisoformat(row["started"]) for row in rows} for rows in sides)
-        together = {seed for seed in theirs.keys() & ours.keys() if abs(theirs[seed] - ours[seed]) <= TOGETHER}
-        above, below = (by_seed([row for row in rows if row["seed"] in together], _SPEED) for rows in sides)
-        return self._ratio(above, below)
+        theirs = {row["seed"]: row for row in self.main(self.reference)}
+        near = [row for row in self.main(arm) if row["seed"] in theirs and _together(row, theirs[row["seed"]])]
+        return self._ratio(by_seed([*theirs.values()], _SPEED), by_seed(near, _SPEED))
 
     def tokens_ratio(self, arm: str) -> tuple[Ratio | None, int]:
         """The tokens to the target loss in tokens of the reference, and how many runs never came there."""
@@ -165,6 +163,11 @@ class Results:
 
 
 _SPEED = "train/tokens_per_second"
+
+
+def _together(one: Row, other: Row) -> bool:
+    began, others = (datetime.fromisoformat(row["started"]) for row in (one, other))
+    return abs(began - others) <= TOGETHER
 
 
 def results_of(tier: Tier, task: str, rows: Sequence[Row], seeds: int | None = None) -> Results:
